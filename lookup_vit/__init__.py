@@ -1,0 +1,1 @@
+"""LookupViT: vision transformers that do the heavy work on few tokens."""

@@ -1,0 +1,1 @@
+"""Models: one file each, with a `Model(num_classes, variant, ...)` factory."""

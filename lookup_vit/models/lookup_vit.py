@@ -1,0 +1,217 @@
+"""LookupViT (ECCV 2024) over a token grid of any rank.
+
+All `N` lookup tokens stay, the heavy layers run on `M` compressed tokens, and
+MHBC (`mhbc.py`) joins the two. No parameter depends on the compressed grid.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lookup_vit.models import layers
+from lookup_vit.models.mhbc import MHBC
+
+
+class LookupBlock(nn.Module):
+  """One block of LookupViT (section 3.2 of the paper).
+
+  Called as `block((compressed, lookup), drop_rate)`; returns the pair and what
+  is captured.
+  """
+
+  cfg: layers.LayerConfig
+  mhbc_heads: int
+  mlp_ratio: float = 4.0
+  lookup_mlp_ratio: float = 0.5
+  reuse: str = "weights"
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: tuple[Float[Array, "b m D"], Float[Array, "b n D"]],
+    drop_rate: Float[Array, ""],
+  ) -> tuple[
+    tuple[Float[Array, "b m D"], Float[Array, "b n D"]], dict[str, Array]
+  ]:
+    cfg = self.cfg
+    compressed, lookup = tokens
+    mhbc_cfg = dataclasses.replace(cfg, num_heads=self.mhbc_heads)
+    mhbc = MHBC(mhbc_cfg, compressed.shape[-1], self.reuse, name="mhbc")
+
+    # Information gathering.
+    update, reused, captured = mhbc.gather(compressed, lookup)
+    compressed = layers.residual(cfg, self, compressed, update, drop_rate)
+
+    # Representation refinement.
+    refine = layers.EncoderBlock(cfg, self.mlp_ratio, name="refinement")
+    compressed, refined = refine(compressed, drop_rate)
+
+    # Global contextualisation.
+    if reused is not None:
+      update = mhbc.contextualise(compressed, reused)
+      lookup = layers.residual(cfg, self, lookup, update, drop_rate)
+    y = layers.layer_norm(cfg, "norm_lookup_mlp")(lookup)
+    y = layers.Mlp(cfg, self.lookup_mlp_ratio, name="lookup_mlp")(y)
+    lookup = layers.residual(cfg, self, lookup, y, drop_rate)
+
+    if "attention_logit_max" in captured:
+      captured["attention_logit_max"] = jnp.maximum(
+        captured["attention_logit_max"], refined["attention_logit_max"]
+      )
+    if "tokens" in cfg.capture:
+      captured["compressed_tokens"] = compressed
+      captured["lookup_tokens"] = lookup
+    return (compressed, lookup), captured
+
+
+class LookupViT(nn.Module):
+  """LookupViT; make it with `Model`.
+
+  Called as `model.apply(variables, images, grid=None, train=False,
+  capture=())` with images `[batch, height, width, 3]`, or videos `[batch,
+  time, height, width, 3]` where the patch has three axes, values in [-1, 1].
+  `grid` is the compressed grid, the model's own where none is given.
+
+  Returns `(logits, out)`: float32 logits `[batch, classes]`, the mean of both
+  heads' (where `num_classes` is None, the compressed pre-logits), and a dict
+  with `logits_compressed` and `logits_lookup [batch, classes]`,
+  `pre_logits_compressed` and `pre_logits_lookup [batch, width]`, and what
+  `capture` asks for, with `m` compressed and `n` lookup tokens:
+    "tokens": `compressed_tokens [batch, m, width]` and `lookup_tokens [batch,
+      n, width]`, after the last norms, and `block_compressed_tokens` and
+      `block_lookup_tokens`, after each block, stacked on axis 0;
+    "attention": `attention [depth, batch, heads, m, n]`, that of MHBC;
+    "attention_logit_max": `attention_logit_max [depth]`, over the MHBC and the
+      self-attention of a block.
+
+  Raises ValueError for an input that the patch does not fit, and for a grid of
+  another rank than the patch or larger than the lookup grid.
+  """
+
+  num_classes: int | None
+  width: int
+  depth: int
+  num_heads: int
+  mlp_ratio: float
+  patch_size: layers.Grid
+  grid: layers.Grid = (5, 5)
+  reuse: str = "weights"  # or "logits", "none": see mhbc.py
+  lookup_mlp_ratio: float = 0.5
+  mhbc_heads: int | None = None  # as num_heads
+  positions: str = "learned"  # or "sincos"
+  qk_norm: bool = False
+  dropout: float = 0.0
+  attention_dropout: float = 0.0
+  stochastic_depth: float = 0.0
+  gelu: str = "tanh"  # or "exact"
+  norm_eps: float = 1e-6
+  head_bias_init: float = 0.0
+  dtype: str = "float32"  # of the computation; parameters are float32
+  scan: bool = False
+  remat_policy: str = "none"
+
+  @nn.compact
+  def __call__(
+    self,
+    images: Float[Array, "b *space 3"],
+    *,
+    grid: layers.Grid | None = None,
+    train: bool = False,
+    capture: tuple[str, ...] = (),
+  ) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
+    layers.check_width(self.width, self.num_heads)
+    dtype = jnp.dtype(self.dtype)
+    cfg = layers.LayerConfig(
+      num_heads=self.num_heads,
+      dropout=self.dropout,
+      attention_dropout=self.attention_dropout,
+      stochastic_depth=self.stochastic_depth,
+      qk_norm=self.qk_norm,
+      gelu=self.gelu,
+      norm_eps=self.norm_eps,
+      dtype=dtype,
+      train=train,
+      capture=capture,
+    )
+    lookup, lookup_grid = layers.tokenise(
+      images, self.width, self.patch_size, dtype
+    )
+    grid = check_grid(self.grid if grid is None else grid, lookup_grid)
+    pos = layers.positions(self, self.positions, lookup_grid, self.width)
+    pos = pos.astype(dtype)
+    compressed = layers.resize_grid(lookup, lookup_grid, grid)
+    compressed = compressed + layers.resize_grid(pos, lookup_grid, grid)
+    compressed = layers.dropout(cfg, compressed)
+    lookup = layers.dropout(cfg, lookup + pos)
+
+    (compressed, lookup), captured = layers.apply_blocks(
+      LookupBlock,
+      dict(
+        cfg=cfg,
+        mhbc_heads=self.mhbc_heads or self.num_heads,
+        mlp_ratio=self.mlp_ratio,
+        lookup_mlp_ratio=self.lookup_mlp_ratio,
+        reuse=self.reuse,
+      ),
+      (compressed, lookup),
+      depth=self.depth,
+      scan=self.scan,
+      remat_policy=self.remat_policy,
+    )
+
+    out = {
+      f"block_{k}" if k.endswith("tokens") else k: v
+      for k, v in captured.items()
+    }
+    for name, x in (("compressed", compressed), ("lookup", lookup)):
+      x = layers.layer_norm(cfg, f"norm_{name}")(x)
+      if "tokens" in capture:
+        out[f"{name}_tokens"] = x
+      x = jnp.mean(x, axis=1, dtype=jnp.float32)
+      out[f"pre_logits_{name}"] = x
+      if self.num_classes is not None:
+        head = layers.head(
+          self.num_classes, self.head_bias_init, f"head_{name}"
+        )
+        out[f"logits_{name}"] = head(x)
+    if self.num_classes is None:
+      return out["pre_logits_compressed"], out
+    return (out["logits_compressed"] + out["logits_lookup"]) / 2, out
+
+
+def check_grid(grid: layers.Grid, lookup_grid: layers.Grid) -> layers.Grid:
+  """The compressed grid as a tuple.
+
+  Raises:
+    ValueError: its rank is not that of the lookup grid, or it is larger along
+      some axis, or not positive.
+  """
+  grid = tuple(grid)
+  if len(grid) != len(lookup_grid) or not all(
+    0 < g <= n for g, n in zip(grid, lookup_grid, strict=True)
+  ):
+    raise ValueError(
+      f"The compressed grid {grid} does not fit the lookup grid {lookup_grid}: "
+      "want as many axes, each between 1 and that of the lookup grid (image "
+      "size over patch size)."
+    )
+  return grid
+
+
+def Model(  # noqa: N802
+  num_classes: int | None, variant: str = "B/16", **fields: Any
+) -> LookupViT:
+  """A LookupViT, as `Model(1000, "B/16", grid=(5, 5))`.
+
+  Args:
+    num_classes: size of each classifier; None for none.
+    variant: size and patch, see `layers.decode_variant`.
+    **fields: fields of `LookupViT`, over those of the variant.
+
+  Raises:
+    ValueError: unknown variant or field.
+  """
+  return layers.build(LookupViT, num_classes, variant, fields)
