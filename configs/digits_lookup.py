@@ -1,0 +1,50 @@
+r"""Multi-resolution LookupViT on scikit-learn's handwritten digits.
+
+    python -m lookup_vit.train --config=configs/digits_lookup.py \
+        --workdir=workdirs/digits_lookup
+"""
+
+import ml_collections
+
+from lookup_vit.config_utils import parse_arg
+
+
+def get_config(arg=None):
+  arg = parse_arg(arg, runlocal=False, seed=0)
+  config = ml_collections.ConfigDict()
+
+  config.seed = arg.seed
+  config.total_epochs = 60
+  config.num_classes = 10
+  config.loss = "softmax_xent"
+  config.label_smoothing = 0.1
+
+  config.input = dict(
+    data=dict(module="data.digits", split="train"),
+    pp="decode|inception_crop(32,60)|value_range(-1,1)|keep('image','label')",
+    image_size=(32, 32),
+    batch_size=96,
+    shuffle_buffer_size=2_000,
+  )
+  config.model_name = "lookup_vit"
+  config.model = dict(variant="Ti/4", width=96, depth=4, num_heads=3, scan=True)
+  config.grids = [(2, 2), (3, 3), (4, 4), (5, 5)]
+  config.model.grid = (3, 3)
+
+  config.optax_name = "adamw"
+  config.grad_clip_norm = 1.0
+  config.lr = 1e-3
+  config.wd = 1e-4
+  config.schedule = dict(warmup_percent=10, decay_type="cosine")
+
+  config.log_training_steps = 50
+  config.ckpt_steps = 200
+  config.evals = dict(
+    test=dict(
+      type="classification",
+      data=dict(module="data.digits", split="test"),
+      pp_fn="decode|resize(32)|value_range(-1,1)|keep('image','label')",
+      log_steps=300,
+    )
+  )
+  return config

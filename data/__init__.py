@@ -1,0 +1,1 @@
+"""TFDS dataset builders: the embedded sets, and those that TFDS lacks."""

@@ -1,0 +1,1 @@
+"""What is computed and drawn from models and runs; free of TensorFlow."""

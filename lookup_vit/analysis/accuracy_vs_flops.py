@@ -1,0 +1,104 @@
+r"""Accuracy against compute, for one or several runs.
+
+    python -m lookup_vit.analysis.accuracy_vs_flops \
+        --workdirs=workdirs/digits_lookup,workdirs/digits_vit \
+        --output=workdirs/accuracy_vs_flops.png
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from absl import flags
+
+from lookup_vit import config_utils
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402: after the backend is chosen.
+
+FLAGS = flags.FLAGS
+
+_NAMES = {"vit": "ViT", "lookup_vit": "LookupViT"}
+Row = Mapping[str, Any]
+
+
+def read(workdir: str) -> list[Row]:
+  """The rows of a run's `results.json`.
+
+  Raises:
+    ValueError: the run has not come to its end, or is no run.
+  """
+  path = os.path.join(workdir, "results.json")
+  if not os.path.isfile(path):
+    raise ValueError(f"{workdir} has no results.json: no finished run.")
+  with open(path) as f:
+    return json.load(f)
+
+
+def table(rows: Sequence[Row]) -> str:
+  """Rows of results as a table, in Markdown.
+
+  GFLOPs count a multiply-add as two; LookupViT's `compressed` and `lookup`
+  are the top-1 of its heads, `top-1` that of their mean.
+  """
+  lines = [
+    "| model | grid | split | GFLOPs | parameters (M) | top-1 (%) | "
+    "compressed (%) | lookup (%) |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  for r in rows:
+    tops = [
+      f"{100 * r[name]:.2f}" if name in r else "-"
+      for name in ("top1", "top1_compressed", "top1_lookup")
+    ]
+    lines.append(
+      f"| {_NAMES.get(r['model'], r['model'])} {r['variant']} | "
+      f"{r['grid'] or '-'} | {r['split']} | {r['gflops']:.3f} | "
+      f"{r['parameters'] / 1e6:.2f} | {' | '.join(tops)} |"
+    )
+  return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row], path: str) -> None:
+  """Draws top-1 over GFLOPs, a line for each model and split, as a PNG."""
+  figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+  series: dict[tuple[str, str, str], list[Row]] = {}
+  for r in rows:
+    if "top1" in r:
+      series.setdefault((r["model"], r["variant"], r["split"]), []).append(r)
+  for (model, variant, split), points in series.items():
+    points = sorted(points, key=lambda r: r["gflops"])
+    x = [r["gflops"] for r in points]
+    y = [100 * r["top1"] for r in points]
+    label = f"{_NAMES.get(model, model)} {variant}, {split}"
+    axes.plot(x, y, "o-" if len(x) > 1 else "s", label=label)
+    for r, a, b in zip(points, x, y, strict=True):
+      if r["grid"]:
+        axes.annotate(
+          r["grid"], (a, b), (0, 6), textcoords="offset points", ha="center"
+        )
+  axes.set_xlabel("GFLOPs for an image (multiply-add = 2)")
+  axes.set_ylabel("top-1 (%)")
+  axes.set_xlim(left=0)
+  axes.margins(y=0.2)
+  axes.grid(alpha=0.3)
+  axes.legend()
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+
+
+def main(argv):
+  """Prints the table of several runs and draws them together."""
+  del argv
+  rows = [row for workdir in FLAGS.workdirs for row in read(workdir)]
+  print(table(rows))
+  plot(rows, FLAGS.output)
+  print(f"Drawn: {FLAGS.output}")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_list("workdirs", None, "Work directories.", required=True)
+  flags.DEFINE_string("output", "accuracy_vs_flops.png", "The PNG to draw.")
+  config_utils.run(main)

@@ -1,0 +1,124 @@
+r"""Parameters and FLOPs of a config's model at every grid.
+
+Counted twice: by XLA's cost analysis of one forward pass, and by formula.
+GFLOPs are multiply-adds times 2e-9; papers on ViT often call half of that
+"GFLOPs".
+
+    python -m lookup_vit.analysis.flops --config=configs/in1k_lookup_b.py \
+        --grid=3x3,5x5,7x7,10x10
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from lookup_vit import config_utils, train_step
+from lookup_vit.models import layers
+
+FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """Parameters, and the cost of a forward pass over one image or clip."""
+
+  params: int
+  xla_flops: float
+  formula_flops: float
+
+
+def cost(model: Any, image_size: Sequence[int], grid: Any = None) -> Cost:
+  """Counts a model's parameters and FLOPs, by shapes alone.
+
+  Args:
+    model: a ViT or LookupViT.
+    image_size: (rows, columns) or (time, rows, columns).
+    grid: compressed grid; the model's own where none is given.
+  """
+  # XLA sees the body of a loop once: count without one.
+  model = model.clone(scan=False, remat_policy="none")
+  images = jax.ShapeDtypeStruct((1, *image_size, 3), np.float32)
+  fields = {} if grid is None else {"grid": tuple(grid)}
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  variables = jax.eval_shape(functools.partial(model.init, **fields), key, images)
+  forward = lambda v, x: model.apply(v, x, **fields)[0]  # noqa: E731
+  analysis = jax.jit(forward).lower(variables, images).cost_analysis()
+  params = sum(math.prod(x.shape) for x in jax.tree.leaves(variables))
+  macs = multiply_adds(model, image_size, grid)
+  return Cost(params, float(analysis["flops"]), 2.0 * macs)
+
+
+def multiply_adds(
+  model: Any, image_size: Sequence[int], grid: Any = None
+) -> int:
+  """Multiply-adds of a forward pass over one image or clip, by formula.
+
+  With `N` lookup and `M` compressed tokens, width `D`, MLP ratios `p` and `r`:
+  a ViT block has `(4 + 2p) N D^2 + 2 N^2 D`, a LookupViT block `((3 + 2r) N +
+  (7 + 2p) M) D^2 + (3NM + 2M^2) D`. Added are the patch embedding and the
+  classifiers; resizing of grids, norms and mean pooling are left out.
+  """
+  lookup_grid = layers.lookup_grid(image_size, model.patch_size)
+  n, d = math.prod(lookup_grid), model.width
+  classes = model.num_classes or 0
+  stem = n * math.prod(model.patch_size) * 3 * d
+  hidden = round(d * model.mlp_ratio)
+  if not hasattr(model, "grid"):
+    n += model.pool == "tok"
+    block = n * (4 * d * d + 2 * d * hidden) + 2 * n * n * d
+    pool = 0
+    if model.pool == "map":
+      pool = 2 * (n + 1) * d * d + 2 * n * d + 2 * d * hidden
+    return stem + model.depth * block + pool + classes * d
+  m = math.prod(model.grid if grid is None else grid)
+  gather = 2 * m * d * d + 2 * n * d * d + 2 * n * m * d
+  refine = m * (4 * d * d + 2 * d * hidden) + 2 * m * m * d
+  back = (m + n) * d * d + n * m * d if model.reuse != "none" else 0
+  lookup_mlp = 2 * n * d * round(d * model.lookup_mlp_ratio)
+  block = gather + refine + back + lookup_mlp
+  return stem + model.depth * block + 2 * classes * d
+
+
+def table(model: Any, image_size: Sequence[int], grids: Sequence[Any]) -> str:
+  """A table in Markdown: a row for each grid."""
+  lines = [
+    "| compressed grid | parameters (M) | GFLOPs (XLA) | GFLOPs (formula) |",
+    "|---|---|---|---|",
+  ]
+  for grid in grids:
+    c = cost(model, image_size, grid)
+    name = "-" if grid is None else config_utils.format_grid(grid)
+    lines.append(
+      f"| {name} | {c.params / 1e6:.2f} | {c.xla_flops / 1e9:.3f} | "
+      f"{c.formula_flops / 1e9:.3f} |"
+    )
+  return "\n".join(lines)
+
+
+def main(argv):
+  """Prints the table of a config."""
+  del argv
+  config = config_utils.resolve(config_utils.load(FLAGS.config))
+  model = train_step.build_model(config)
+  grids = train_step.train_grids(config, model)
+  if FLAGS.grid:
+    grids = [config_utils.parse_grid(g) for g in FLAGS.grid]
+  size = config.input.image_size
+  print(f"{config.model_name} {config.model.variant}, input {tuple(size)}")
+  print(table(model, size, grids))
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string(
+    "config", None, "configs/NAME.py[:key=value,...]", required=True
+  )
+  flags.DEFINE_list(
+    "grid", None, "Compressed grids, as 3x3,5x5; the config's if not set."
+  )
+  config_utils.run(main)

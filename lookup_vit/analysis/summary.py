@@ -1,0 +1,80 @@
+"""What a run leaves for people: a table of results and pictures."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lookup_vit import config_utils
+from lookup_vit.analysis import accuracy_vs_flops, attention_maps, flops
+from lookup_vit.train_step import Program
+
+log = logging.getLogger("lookup_vit")
+
+
+def write(
+  workdir: str,
+  program: Program,
+  metrics: Mapping[str, float],
+  params: Any,
+  images: np.ndarray | None,
+) -> None:
+  """Writes `results.json` and the pictures, and prints the table.
+
+  Args:
+    workdir: where to write.
+    program: the model and its config.
+    metrics: what the evaluators found, by name.
+    params: the parameters that were evaluated.
+    images: `[batch, height, width, 3]` in [-1, 1], for the attention maps.
+  """
+  rows = results(program, metrics)
+  with open(os.path.join(workdir, "results.json"), "w") as f:
+    json.dump(rows, f, indent=2)
+  if any("top1" in row for row in rows):
+    print(accuracy_vs_flops.table(rows), flush=True)
+    accuracy_vs_flops.plot(
+      rows, os.path.join(workdir, "accuracy_vs_flops.png")
+    )
+  is_2d = images is not None and images.ndim == 4
+  if program.grids[0] is not None and is_2d:
+    attention_maps.write(
+      os.path.join(workdir, "attention_maps.png"),
+      program,
+      params,
+      images,
+      grid=min(program.grids, key=np.prod),
+    )
+
+
+def results(
+  program: Program, metrics: Mapping[str, float]
+) -> list[dict[str, Any]]:
+  """A row for each evaluator and grid: cost, and its metrics by name."""
+  config = program.config
+  rows = []
+  grouped: dict[tuple[str, str | None], dict[str, float]] = {}
+  for name, value in metrics.items():
+    where, metric = name.rsplit("/", 1)
+    evaluator, _, grid = where.partition("/")
+    grouped.setdefault((evaluator, grid or None), {})[metric] = value
+  costs = {}
+  for (evaluator, grid), values in grouped.items():
+    if grid not in costs:
+      shape = None if grid is None else config_utils.parse_grid(grid)
+      costs[grid] = flops.cost(program.model, config.input.image_size, shape)
+    rows.append(
+      {
+        "model": config.model_name,
+        "variant": config.model.get("variant", "B/16"),
+        "grid": grid,
+        "split": evaluator,
+        "parameters": costs[grid].params,
+        "gflops": costs[grid].xla_flops / 1e9,
+        **values,
+      }
+    )
+  return rows

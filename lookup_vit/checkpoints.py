@@ -1,0 +1,329 @@
+"""Checkpoints in a work directory, on Orbax.
+
+A work directory holds `config.json` and `checkpoints/STEP/`, each with the
+parameters, the optimizer state, the Polyak average where there is one, and
+checksums: damage that still decodes is noticed too. A checkpoint appears under
+its name only when it is whole.
+"""
+
+import glob
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from lookup_vit import config_utils
+from lookup_vit.models import layers
+
+log = logging.getLogger("lookup_vit")
+
+_CONFIG = "config.json"
+_FOLDER = "checkpoints"
+
+
+class DamagedCheckpointError(ValueError):
+  """A checkpoint cannot be read back as it was written."""
+
+
+def check_workdir(workdir: str, config: Mapping[str, Any]) -> None:
+  """Checks that a work directory is new or this config's.
+
+  Raises:
+    ValueError: the directory was made by another config; the fields that
+      differ are listed.
+  """
+  if os.path.exists(os.path.join(workdir, _CONFIG)):
+    saved = read_config(workdir).to_dict()
+    lines = config_utils.differences(saved, config.to_dict())
+    if lines:
+      raise ValueError(
+        f"The work directory {workdir} belongs to another config. Choose "
+        "another directory, or change back: " + "; ".join(lines) + "."
+      )
+  elif glob.glob(os.path.join(workdir, _FOLDER, "*")):
+    raise ValueError(f"{workdir} has checkpoints but no {_CONFIG}.")
+
+
+def write_config(workdir: str, config: Mapping[str, Any]) -> None:
+  """Writes a resolved config into its work directory."""
+  if jax.process_index() == 0:
+    os.makedirs(workdir, exist_ok=True)
+    # Atomic: a run killed here must not leave half a file.
+    path = os.path.join(workdir, _CONFIG)
+    with open(path + ".tmp", "w") as f:
+      json.dump(config.to_dict(), f, indent=2)
+      f.write("\n")
+    os.replace(path + ".tmp", path)
+
+
+def read_config(workdir: str) -> ml_collections.ConfigDict:
+  """The resolved config of a work directory.
+
+  Raises:
+    ValueError: there is none, or it cannot be read.
+  """
+  path = os.path.join(workdir, _CONFIG)
+  if not os.path.isfile(path):
+    raise ValueError(f"{workdir} is no work directory: it has no {_CONFIG}.")
+  try:
+    with open(path) as f:
+      return config_utils.resolve(json.load(f))
+  except json.JSONDecodeError as e:
+    raise ValueError(f"{path} is damaged: {e}.") from None
+
+
+@jax.jit
+def _checksums(tree):
+  """A uint32 for each array, of its bits and their places.
+
+  Integer arithmetic: the same on any number of devices. A change of a single
+  element always shows.
+  """
+
+  def one(x):
+    x = jnp.atleast_1d(x)
+    if x.dtype == jnp.bool_:
+      x = x.astype(jnp.uint8)
+    uint = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, uint).astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+      iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+      place = place * jnp.uint32(0x9E3779B1) + iota
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+  return [one(x) for x in jax.tree.leaves(tree)]
+
+
+def _parts(state):
+  """A train state as the trees that are saved under a name of their own."""
+  parts = {"params": state.params, "opt_state": state.opt_state}
+  if state.ema is not None:
+    parts["ema"] = state.ema
+  return parts
+
+
+class Checkpoints:
+  """Saves and restores the train states of one work directory.
+
+  Args:
+    workdir: the work directory.
+    keep: how many of the newest checkpoints stay.
+    keep_every: checkpoints of steps that this divides stay for ever.
+    read_only: nothing is written or removed.
+  """
+
+  def __init__(
+    self,
+    workdir: str,
+    keep: int | None = None,
+    keep_every: int | None = None,
+    read_only: bool = False,
+  ):
+    self.path = os.path.join(os.path.abspath(workdir), _FOLDER)
+    if read_only and not os.path.isdir(self.path):
+      raise ValueError(f"{workdir} has no checkpoint.")
+    handlers = {
+      name: ocp.StandardCheckpointHandler()
+      for name in ("params", "opt_state", "ema")
+    }
+    self._manager = ocp.CheckpointManager(
+      self.path,
+      item_handlers={**handlers, "meta": ocp.JsonCheckpointHandler()},
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=None if read_only else keep,
+        keep_period=keep_every,
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+      ),
+    )
+
+  def steps(self) -> list[int]:
+    """Steps of the checkpoints there are, ascending."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state: Any) -> None:
+    """Starts to write a checkpoint; returns once the state may be donated."""
+    parts = _parts(state)
+    sums = {k: [int(s) for s in _checksums(v)] for k, v in parts.items()}
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        meta=ocp.args.JsonSave({"step": step, "checksums": sums}),
+        **{k: ocp.args.StandardSave(v) for k, v in parts.items()},
+      ),
+    )
+
+  def restore(self, step: int, like: Any, sharding: Any) -> Any:
+    """The train state of a step.
+
+    Args:
+      step: one of `steps()`.
+      like: a train state of shapes.
+      sharding: of every array.
+
+    Raises:
+      DamagedCheckpointError: it cannot be read, or not as it was written.
+    """
+    parts = self._read(step, _parts(like), sharding)
+    count = jnp.asarray(step, jnp.int32)
+    return like.replace(step=jax.device_put(count, sharding), **parts)
+
+  def restore_params(self, step: int, sharding: Any = None) -> Any:
+    """The parameters of a step, the Polyak average where there is one.
+
+    Raises:
+      DamagedCheckpointError: it cannot be read, or not as it was written.
+    """
+    if sharding is None:
+      sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    folder = os.path.join(self.path, str(step))
+    name = "ema" if os.path.isdir(os.path.join(folder, "ema")) else "params"
+    try:
+      tree = self._manager.item_metadata(step)[name].tree
+      like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    except Exception as e:  # noqa: BLE001: Orbax raises many kinds.
+      raise self._damaged(step, e) from e
+    return self._read(step, {name: like}, sharding)[name]
+
+  def _read(self, step, like, sharding):
+    targets = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
+    )
+    try:
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          meta=ocp.args.JsonRestore(),
+          **{k: ocp.args.StandardRestore(v) for k, v in targets.items()},
+        ),
+      )
+      sums = restored["meta"]["checksums"]
+    except Exception as e:  # noqa: BLE001: Orbax raises many kinds.
+      raise self._damaged(step, e) from e
+    for name in like:
+      if [int(s) for s in _checksums(restored[name])] != sums[name]:
+        raise self._damaged(step, f"the checksums of {name} differ")
+    return {name: restored[name] for name in like}
+
+  def _damaged(self, step, why):
+    folder = os.path.join(self.path, str(step))
+    earlier = [s for s in self.steps() if s < step]
+    why = (str(why).strip().splitlines() or [type(why).__name__])[0][:200]
+    message = f"The checkpoint {folder} is damaged ({why}). "
+    if earlier:
+      message += (
+        f"There is an earlier one, of step {earlier[-1]}. To use it, move the "
+        f"damaged one away and run the same command: mv {folder} "
+        f"{os.path.join(os.path.dirname(self.path), f'damaged-{step}')}"
+      )
+    else:
+      message += "There is no earlier one in this work directory."
+    return DamagedCheckpointError(message)
+
+  def wait(self) -> None:
+    """Blocks until what was saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and ends the manager's threads."""
+    self._manager.close()
+
+
+def load_params(workdir: str, step: int | None = None, sharding: Any = None):
+  """Parameters of a work directory's checkpoint (the newest: no step given).
+
+  Returns:
+    The parameters (the Polyak average where there is one), the step, and the
+    resolved config.
+
+  Raises:
+    ValueError: no work directory, no checkpoint, or not that step.
+    DamagedCheckpointError: it cannot be read back.
+  """
+  config = read_config(workdir)
+  checkpoints = Checkpoints(workdir, read_only=True)
+  try:
+    steps = checkpoints.steps()
+    if not steps:
+      raise ValueError(f"{workdir} has no checkpoint.")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+      raise ValueError(f"{workdir} has no checkpoint {step}, only {steps}.")
+    return checkpoints.restore_params(step, sharding), step, config
+  finally:
+    checkpoints.close()
+
+
+def init_from(spec: str, params: Any, depth_scan: bool) -> Any:
+  """Parameters that start from another run's checkpoint (`config.model_init`).
+
+  Blocks are converted between the layouts of scan and loop, positions resized
+  (linearly) where the grids differ; heads keep their fresh values where the
+  shapes differ. What was not loaded is logged.
+
+  Args:
+    spec: `WORKDIR` or `WORKDIR:STEP`.
+    params: freshly initialised parameters.
+    depth_scan: whether the model scans over its blocks.
+
+  Raises:
+    ValueError: no such checkpoint, or parameters that do not fit: names and
+      shapes are listed.
+  """
+  match = re.fullmatch(r"(.+?)(?::(\d+))?", spec)
+  workdir, step = match[1], match[2] and int(match[2])
+  try:
+    source, step, _ = load_params(workdir, step)
+  except ValueError as e:
+    raise type(e)(f"config.model_init={spec!r}: {e}") from None
+  convert = layers.stack_blocks if depth_scan else layers.unstack_blocks
+  source = traverse_util.flatten_dict(
+    convert(jax.tree.map(np.asarray, source)), sep="/"
+  )
+  target = traverse_util.flatten_dict(params, sep="/")
+  wrong, fresh, resized = [], [], []
+  result = {}
+  for name, value in target.items():
+    got = source.pop(name, None)
+    if got is not None and got.shape == value.shape:
+      result[name] = got.astype(value.dtype)
+    elif name.startswith("head"):
+      result[name] = value
+      fresh.append(name)
+    elif (
+      name == "pos_embedding"
+      and got is not None
+      and (got.ndim, got.shape[-1]) == (value.ndim, value.shape[-1])
+    ):
+      result[name] = jax.image.resize(got, value.shape, "linear")
+      resized.append(f"{name} {got.shape} to {value.shape}")
+    else:
+      found = "is missing" if got is None else f"is {got.shape}"
+      wrong.append(f"{name} {found}, want {value.shape}")
+  left = [n for n in source if not n.startswith("head")]
+  wrong += [f"{n} {source[n].shape} has no place in the model" for n in left]
+  if wrong:
+    raise ValueError(
+      f"config.model_init={spec!r} does not fit the model: "
+      + "; ".join(wrong[:20])
+      + (f"; and {len(wrong) - 20} more." if len(wrong) > 20 else ".")
+    )
+  log.info("Started from %s, step %d.", workdir, step)
+  for what, names in (
+    ("Resized", resized),
+    ("Not loaded, freshly initialised", fresh),
+    ("Not loaded, not in this model", list(source)),
+  ):
+    if names:
+      log.info("  %s: %s", what, ", ".join(names))
+  return traverse_util.unflatten_dict(result, sep="/")

@@ -1,0 +1,70 @@
+r"""Reloads a work directory's checkpoint and repeats its evaluation.
+
+    python -m lookup_vit.evaluate --workdir=workdirs/digits_lookup
+"""
+
+import json
+import os
+from typing import Any
+
+from absl import flags
+
+from lookup_vit import (
+  checkpoints,
+  config_utils,
+  input_pipeline,
+  parallel,
+  train,
+  train_step,
+)
+from lookup_vit.analysis import accuracy_vs_flops, summary
+
+FLAGS = flags.FLAGS
+
+
+def evaluate(workdir: str, step: int | None = None) -> list[dict[str, Any]]:
+  """Runs the evaluators of a work directory's config on a checkpoint.
+
+  Args:
+    workdir: of a training run.
+    step: of a checkpoint; the newest where none is given.
+
+  Returns:
+    The rows of results (see `analysis.summary.results`), which are written to
+    `evaluation_STEP.json` too.
+
+  Raises:
+    ValueError: no work directory, no such checkpoint, a damaged one, or no
+      evaluator in the config.
+  """
+  config = checkpoints.read_config(workdir)
+  if not config.evals:
+    raise ValueError(f"The config of {workdir} names no evaluators.")
+  steps = config_utils.total_steps(
+    config, input_pipeline.num_examples(config.input.data)
+  )
+  program = train_step.Program(config, steps)
+  evaluators = train.make_evaluators(program, config.evals)
+  params, step, _ = checkpoints.load_params(
+    workdir, step, parallel.replicated(program.mesh)
+  )
+  metrics = {}
+  for evaluator, _ in evaluators.values():
+    metrics.update(evaluator.run(params))
+  rows = summary.results(program, metrics)
+  with open(os.path.join(workdir, f"evaluation_{step}.json"), "w") as f:
+    json.dump(rows, f, indent=2)
+  return rows
+
+
+def main(argv):
+  """Evaluates by the flags and prints the table."""
+  del argv
+  rows = evaluate(FLAGS.workdir, FLAGS.step)
+  print(accuracy_vs_flops.table(rows))
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "Of a training run.", required=True)
+  flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
+  config_utils.run(main)

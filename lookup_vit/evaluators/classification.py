@@ -1,0 +1,85 @@
+"""Top-1, top-5 and loss over a whole split, at every compressed grid."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from lookup_vit import config_utils, input_pipeline, parallel
+from lookup_vit.train_step import Program
+
+
+class Evaluator:
+  """Classification metrics, each example counted exactly once.
+
+  Yields `NAME/METRIC`, for LookupViT `NAME/GRID/METRIC`: `top1`, `top5`,
+  `loss` of the default prediction, and `_compressed` and `_lookup` of each
+  head's.
+
+  Args:
+    program: the model and its compiled evaluation step.
+    name: prefix of the metrics.
+    data: the data set, as `config.input.data`.
+    pp_fn: op-string of the preprocessing.
+    batch_size: global; that of training where none is given.
+    grids: compressed grids; those of training where none are given.
+
+  Raises:
+    ValueError: data, grids or batch size that cannot work.
+  """
+
+  def __init__(
+    self,
+    program: Program,
+    name: str,
+    *,
+    data: Mapping[str, Any],
+    pp_fn: str,
+    batch_size: int | None = None,
+    grids: list[Any] | None = None,
+  ):
+    config = program.config
+    self.program = program
+    self.name = name
+    self.data = data
+    self.grids = [tuple(g) for g in grids] if grids else program.grids
+    batch_size = batch_size or config.input.batch_size
+    parallel.check_batch(
+      f"config.evals.{name}.batch_size", batch_size, program.mesh
+    )
+    self.examples = input_pipeline.num_examples(data)
+    self.dataset, _ = input_pipeline.make_eval(
+      data,
+      pp=pp_fn,
+      batch_size=batch_size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    program.check_input(self.dataset.element_spec, f"config.evals.{name}.pp_fn")
+
+  def batches(self) -> Iterator[dict[str, Any]]:
+    """This process's batches of NumPy arrays, padding marked in `_mask`."""
+    return input_pipeline.numpy_iterator(self.dataset, self.data)
+
+  def run(self, params: Any) -> Iterator[tuple[str, float]]:
+    """Evaluates parameters; yields names and values."""
+    totals = {grid: {} for grid in self.grids}
+    for batch in self.batches():
+      batch = parallel.put_batch(batch, self.program.mesh)
+      for grid, total in totals.items():
+        sums = jax.device_get(
+          self.program.evaluation_step(params, batch, grid)
+        )
+        for metric, value in sums.items():
+          total[metric] = total.get(metric, 0.0) + float(value)
+    for grid, total in totals.items():
+      examples, seen = total.pop("examples"), total.pop("seen")
+      if seen != self.examples:
+        raise RuntimeError(
+          f"{self.name}: saw {seen:.0f} of {self.examples} examples."
+        )
+      where = self.name
+      if grid is not None:
+        where += "/" + config_utils.format_grid(grid)
+      for metric, value in total.items():
+        yield f"{where}/{metric}", value / examples

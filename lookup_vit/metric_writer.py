@@ -1,0 +1,56 @@
+"""Metrics to `metrics.jsonl` and to TensorBoard."""
+
+import json
+import os
+from collections.abc import Mapping
+
+from lookup_vit import quiet_tensorflow  # noqa: F401
+
+# isort: split
+from clu import metric_writers
+
+
+class MetricWriter:
+  """Writes metrics of a run; only process 0 should have one.
+
+  `metrics.jsonl` has one JSON object a line: `step` and values by name. A run
+  that is taken up again continues the file.
+
+  Args:
+    workdir: where to write.
+    start_step: lines of later steps, from a run that was cut off, are removed.
+  """
+
+  def __init__(self, workdir: str, start_step: int):
+    path = os.path.join(workdir, "metrics.jsonl")
+    if os.path.exists(path):
+      kept = [r for r in read(workdir) if r["step"] <= start_step]
+      with open(path + ".tmp", "w") as f:
+        f.writelines(json.dumps(r) + "\n" for r in kept)
+      os.replace(path + ".tmp", path)
+    self._file = open(path, "a")  # noqa: SIM115: closed in close().
+    self._summaries = metric_writers.SummaryWriter(workdir)
+
+  def write(self, step: int, values: Mapping[str, float | str]) -> None:
+    """Writes values of one step; text goes to `metrics.jsonl` alone."""
+    self._file.write(json.dumps({"step": step, **values}) + "\n")
+    self._file.flush()
+    numbers = {k: v for k, v in values.items() if not isinstance(v, str)}
+    self._summaries.write_scalars(step, numbers)
+
+  def close(self) -> None:
+    """Flushes and closes."""
+    self._file.close()
+    self._summaries.close()
+
+
+def read(workdir: str) -> list[dict[str, float | str]]:
+  """The lines of `metrics.jsonl`; a last line cut off in writing is dropped."""
+  rows = []
+  with open(os.path.join(workdir, "metrics.jsonl")) as f:
+    for line in f:
+      try:
+        rows.append(json.loads(line))
+      except json.JSONDecodeError:
+        break
+  return rows

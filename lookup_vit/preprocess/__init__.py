@@ -1,0 +1,13 @@
+"""Preprocessing by a string of ops, for example `"decode|flip_lr"`."""
+
+# An op exists once its module is imported.
+from lookup_vit.preprocess import general_ops, image_ops, randaugment
+from lookup_vit.preprocess.registry import get_preprocess_fn, register
+
+__all__ = [
+  "general_ops",
+  "get_preprocess_fn",
+  "image_ops",
+  "randaugment",
+  "register",
+]

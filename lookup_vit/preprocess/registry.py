@@ -1,0 +1,156 @@
+"""Turns a preprocessing string into a function on one example.
+
+A string names ops and their arguments, separated by bars:
+
+  decode|inception_crop(224)|flip_lr|value_range(-1, 1)|keep("image", "label")
+
+An op is a factory, `op(*args) -> fn(data, seed) -> data`, registered under
+its name. `data` is one example, a dictionary of tensors, which `fn` does not
+change in place; `seed` is an int32 tensor of shape [2], the op's only source
+of randomness.
+"""
+
+import ast
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+
+import tensorflow as tf
+
+Data = dict[str, tf.Tensor]
+PreprocessFn = Callable[[Data, tf.Tensor], Data]
+
+_OPS: dict[str, Callable[..., PreprocessFn]] = {}
+
+
+def register(name: str) -> Callable:
+  """Registers an op factory under `name`.
+
+  Args:
+    name: the op's name in a preprocessing string.
+
+  Returns:
+    A decorator that returns the factory unchanged.
+
+  Raises:
+    ValueError: if another op has the name.
+  """
+
+  def decorate(factory: Callable[..., PreprocessFn]):
+    if name in _OPS:
+      raise ValueError(f"a preprocessing op {name!r} is registered already")
+    _OPS[name] = factory
+    return factory
+
+  return decorate
+
+
+def image_op(factory: Callable) -> Callable[..., PreprocessFn]:
+  """Makes an op factory from one whose functions map an image alone.
+
+  Args:
+    factory: `factory(*args) -> fn(image, seed) -> image`.
+
+  Returns:
+    A factory, of the same signature, of functions on `data` that replace
+    `data["image"]`. They raise KeyError if there is none.
+  """
+
+  @functools.wraps(factory)
+  def wrapper(*args, **kwargs):
+    fn = factory(*args, **kwargs)
+
+    def apply(data: Data, seed: tf.Tensor) -> Data:
+      if "image" not in data:
+        raise KeyError(f"wanted the key 'image', the data has {sorted(data)}")
+      return {**data, "image": fn(data["image"], seed)}
+
+    return apply
+
+  return wrapper
+
+
+def get_preprocess_fn(pp: str) -> PreprocessFn:
+  """Builds the preprocessing function that a string describes.
+
+  Arguments are Python literals and are never evaluated. Empty segments are
+  skipped, so that a config can leave an op out by an empty string. A bar
+  always separates ops, also within quotes.
+
+  Args:
+    pp: ops separated by `|`, each a name or a call with literal arguments.
+
+  Returns:
+    A function `fn(data, seed) -> data`. Op i gets the seed
+    `stateless_fold_in(seed, i)`, i counting from 0 without empty segments:
+    the same data and seed (int32, shape [2]) give the same bits. It can be
+    mapped by `tf.data`.
+
+  Raises:
+    ValueError: if an op is malformed or unknown, or its arguments do not fit.
+  """
+  segments = [s for s in (part.strip() for part in pp.split("|")) if s]
+  ops = []
+  for position, segment in enumerate(segments, 1):
+    try:
+      ops.append(_make_op(segment))
+    except (TypeError, ValueError) as e:
+      raise ValueError(
+        f"op {position} of {len(segments)}, {segment!r}, in the preprocessing "
+        f"string {pp!r}: {e}"
+      ) from e
+
+  # The ops are graph code already; AutoGraph would only slow the tracing.
+  @tf.autograph.experimental.do_not_convert
+  def preprocess(data: Data, seed: tf.Tensor) -> Data:
+    data = dict(data)
+    for i, op in enumerate(ops):
+      data = op(data, tf.random.experimental.stateless_fold_in(seed, i))
+    return data
+
+  return preprocess
+
+
+def _make_op(segment: str) -> PreprocessFn:
+  """Makes the function that one segment, such as `resize(224)`, describes."""
+  name, args, kwargs = _parse_call(segment)
+  if name not in _OPS:
+    close = difflib.get_close_matches(name, _OPS, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+      f"there is no op {name!r}.{hint} The ops are: {', '.join(sorted(_OPS))}"
+    )
+  factory = _OPS[name]
+  signature = inspect.signature(factory)
+  try:
+    signature.bind(*args, **kwargs)
+  except TypeError as e:
+    raise ValueError(f"{e}; the op is {name}{signature}") from e
+  return factory(*args, **kwargs)
+
+
+def _parse_call(segment: str) -> tuple[str, list, dict]:
+  """Splits `name` or `name(1, key="x")` into name, args and kwargs."""
+  malformed = ValueError(
+    "wanted a name, or a name with literal arguments in round brackets, such "
+    "as resize(224)"
+  )
+  try:
+    node = ast.parse(segment, mode="eval").body
+  except SyntaxError as e:
+    raise malformed from e
+  if isinstance(node, ast.Name):
+    return node.id, [], {}
+  if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+    raise malformed
+  names = [keyword.arg for keyword in node.keywords]
+  # A name of None is a `**mapping`.
+  if None in names or len(set(names)) < len(names):
+    raise malformed
+  try:
+    args = [ast.literal_eval(arg) for arg in node.args]
+    kwargs = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+  except (TypeError, ValueError) as e:
+    raise malformed from e
+  return node.func.id, args, kwargs

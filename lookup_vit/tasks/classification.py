@@ -1,0 +1,121 @@
+"""Image and video classification."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jaxtyping import Array, Float
+
+from lookup_vit.tasks import mixing
+
+
+class Task:
+  """Classification with one head (ViT) or two (LookupViT).
+
+  A batch has `image` and either integer classes `label [batch]` or targets
+  `labels [batch, classes]`; in evaluation also `_mask [batch]`.
+
+  Args:
+    config: `num_classes`, `loss`, `label_smoothing`, `mixup`, `cutmix`.
+
+  Raises:
+    ValueError: a field is missing or out of range.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict):
+    if not isinstance(config.num_classes, int) or config.num_classes < 1:
+      raise ValueError(
+        f"config.num_classes={config.num_classes!r}: want an integer >= 1."
+      )
+    if config.loss not in ("softmax_xent", "sigmoid_xent"):
+      raise ValueError(
+        f"config.loss={config.loss!r}: want softmax_xent or sigmoid_xent."
+      )
+    if not 0 <= config.label_smoothing < 1:
+      raise ValueError(
+        f"config.label_smoothing={config.label_smoothing}: want 0 <= s < 1."
+      )
+    for name in ("mixup", "cutmix"):
+      p = config[name].p
+      if not isinstance(p, int | float) or p < 0:
+        raise ValueError(f"config.{name}.p={p!r}: want a number >= 0.")
+    mixed = config.mixup.p or config.cutmix.p
+    if mixed and config.input.batch_size % 2:
+      raise ValueError(
+        f"config.input.batch_size={config.input.batch_size} is odd: mixup and "
+        "cutmix mix neighbours in a batch."
+      )
+    self.config = config
+
+  def augment(self, batch: dict[str, Any], rng: jax.Array) -> dict[str, Any]:
+    """Targets smoothed, images and targets mixed; any number of devices."""
+    config = self.config
+    targets = self.targets(batch)
+    s = config.label_smoothing
+    targets = targets * (1 - s) + s / config.num_classes
+    images, targets = mixing.mix(
+      rng, batch["image"], targets, config.mixup.p, config.cutmix.p
+    )
+    return {"image": images, "labels": targets}
+
+  def targets(self, batch: dict[str, Any]) -> Float[Array, "b classes"]:
+    """Targets `[batch, classes]` of a batch, float32."""
+    if "labels" in batch:
+      return batch["labels"].astype(jnp.float32)
+    return jax.nn.one_hot(batch["label"], self.config.num_classes)
+
+  def loss(
+    self,
+    logits: Float[Array, "b classes"],
+    out: dict[str, Any],
+    batch: dict[str, Any],
+  ) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The mean of the heads' cross-entropies, equally weighted."""
+    targets = self.targets(batch)
+    heads = _heads(out)
+    if not heads:
+      return jnp.mean(self._xent(logits, targets)), {}
+    losses = {
+      f"loss_{name}": jnp.mean(self._xent(x, targets))
+      for name, x in heads.items()
+    }
+    return sum(losses.values()) / len(losses), losses
+
+  def metrics(
+    self,
+    logits: Float[Array, "b classes"],
+    out: dict[str, Any],
+    batch: dict[str, Any],
+  ) -> tuple[dict[str, Float[Array, "b"]], Float[Array, "b"]]:
+    """Loss, top-1 and top-5 of each example, of every head, and its weight.
+
+    With several right classes, any of them counts (as ImageNet-ReaL does); an
+    example without one has weight zero.
+    """
+    targets = self.targets(batch)
+    counts = batch["_mask"] * (jnp.max(targets, axis=-1) > 0)
+    metrics = {}
+    predictions = {"": logits}
+    predictions.update({f"_{n}": x for n, x in _heads(out).items()})
+    for suffix, x in predictions.items():
+      metrics[f"loss{suffix}"] = self._xent(x, targets)
+      _, best = jax.lax.top_k(x, min(5, x.shape[-1]))
+      right = jnp.take_along_axis(targets, best, axis=-1) > 0
+      metrics[f"top1{suffix}"] = right[:, 0].astype(jnp.float32)
+      metrics[f"top5{suffix}"] = jnp.any(right, axis=-1).astype(jnp.float32)
+    return metrics, counts
+
+  def _xent(self, logits, targets):
+    if self.config.loss == "softmax_xent":
+      return optax.softmax_cross_entropy(logits, targets)
+    return jnp.sum(optax.sigmoid_binary_cross_entropy(logits, targets), axis=-1)
+
+
+def _heads(out):
+  return {
+    name: out[f"logits_{name}"]
+    for name in ("compressed", "lookup")
+    if f"logits_{name}" in out
+  }

@@ -1,0 +1,302 @@
+r"""Trains a model by a config; running the same command again continues.
+
+    python -m lookup_vit.train --config=configs/digits_lookup.py \
+        --workdir=workdirs/digits_lookup
+"""
+
+import collections
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from lookup_vit import (
+  checkpoints,
+  config_utils,
+  input_pipeline,
+  metric_writer,
+  parallel,
+  train_step,
+)
+from lookup_vit.analysis import summary
+
+
+FLAGS = flags.FLAGS
+
+log = logging.getLogger("lookup_vit")
+
+# Updates that may be under way on the devices: enough to keep them busy, few
+# enough that a loss that is not finite is seen soon (and that many virtual CPU
+# devices in one process do not deadlock).
+_IN_FLIGHT = 8
+
+
+def train_and_evaluate(
+  config: ml_collections.ConfigDict, workdir: str
+) -> train_step.TrainState:
+  """Trains, evaluates, and writes all that a run leaves behind.
+
+  Args:
+    config: as `get_config()` of a config file returns it.
+    workdir: the run's own directory; where it has checkpoints of the same
+      config, training continues from the newest.
+
+  Returns:
+    The final train state.
+
+  Raises:
+    ValueError: config, data or work directory that cannot work, before any
+      training.
+    FloatingPointError: the loss is not finite.
+  """
+  # What can be wrong is found first.
+  config = config_utils.resolve(config)
+  checkpoints.check_workdir(workdir, config)
+  data = config.input.data
+  total_steps = config_utils.total_steps(
+    config, input_pipeline.num_examples(data)
+  )
+  program = train_step.Program(config, total_steps)
+  check_classes(config, data, "config.input.data")
+  evaluators = make_evaluators(program, config.evals)
+  store = checkpoints.Checkpoints(
+    workdir, config.ckpt_keep, config.ckpt_keep_every
+  )
+  state = restore_or_init(program, store)
+  start = int(state.step)
+  dataset = input_pipeline.make_train(
+    data,
+    pp=config.input.pp,
+    batch_size=config.input.batch_size,
+    seed=config.seed,
+    start_step=start,
+    shuffle_buffer_size=config.input.shuffle_buffer_size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  program.check_input(dataset.element_spec, "config.input.pp")
+  checkpoints.write_config(workdir, config)
+  writer = None
+  if jax.process_index() == 0:
+    writer = metric_writer.MetricWriter(workdir, start)
+  log.info(
+    "%s: %s, %.2fM parameters, step %d to %d on %d %s device(s).",
+    workdir,
+    config.model_name,
+    sum(x.size for x in jax.tree.leaves(state.params)) / 1e6,
+    start,
+    total_steps,
+    jax.device_count(),
+    jax.default_backend(),
+  )
+
+  # Training.
+  progress = Progress(program, writer, store, start, total_steps)
+  batches = prefetch(input_pipeline.numpy_iterator(dataset, data), program.mesh)
+  for step in range(start, total_steps):
+    grid = train_step.draw_grid(program.grids, config.seed, step)
+    state, scalars = program.update_step(state, next(batches), grid)
+    progress.add(step + 1, grid, scalars)
+    last = step + 1 == total_steps
+    if last or (step + 1) % config.ckpt_steps == 0:
+      progress.flush()  # Nothing is saved that is not finite.
+      store.save(step + 1, state)
+    evaluate(evaluators, state, step + 1, writer, last)
+  progress.flush()
+
+  # Results.
+  store.wait()
+  metrics = evaluate(evaluators, state, total_steps, None, True)
+  store.close()
+  if writer:
+    writer.close()
+    weights = state.params if state.ema is None else state.ema
+    summary.write(workdir, program, metrics, weights, _images(evaluators))
+  return state
+
+
+def check_classes(
+  config: ml_collections.ConfigDict, data: Any, field: str
+) -> None:
+  """Raises ValueError where a data set has other classes than the config."""
+  classes = input_pipeline.num_classes(data)
+  if classes is not None and classes != config.num_classes:
+    raise ValueError(
+      f"{field} has {classes} classes, config.num_classes is "
+      f"{config.num_classes}."
+    )
+
+
+def restore_or_init(
+  program: train_step.Program, store: checkpoints.Checkpoints
+) -> train_step.TrainState:
+  """The newest checkpoint's state, or that before step 0.
+
+  Raises:
+    ValueError: the checkpoint is damaged, or `config.model_init` does not fit.
+  """
+  steps = store.steps()
+  sharding = parallel.replicated(program.mesh)
+  if steps:
+    log.info("Continuing from step %d.", steps[-1])
+    return store.restore(steps[-1], program.state_shapes, sharding)
+  state = program.init_state()
+  if program.config.model_init is None:
+    return state
+  params = checkpoints.init_from(
+    program.config.model_init, state.params, program.model.scan
+  )
+  return program.init_state(params)
+
+
+def make_evaluators(
+  program: train_step.Program, evals: ml_collections.ConfigDict
+) -> dict[str, tuple[Any, int | None]]:
+  """Evaluators by name, each with its `log_steps` (None: at the end only).
+
+  Raises:
+    ValueError: an unknown type or field, or one that cannot work.
+  """
+  evaluators = {}
+  for name, fields in evals.items():
+    fields = fields.to_dict()
+    where = f"config.evals.{name}"
+    module = train_step.import_part(
+      "evaluators", fields.pop("type", None), f"{where}.type"
+    )
+    log_steps = fields.pop("log_steps", None)
+    try:
+      evaluator = module.Evaluator(program, name, **fields)
+    except TypeError as e:
+      raise ValueError(f"{where}: {e}.") from e
+    evaluators[name] = (evaluator, log_steps)
+  return evaluators
+
+
+def evaluate(
+  evaluators: dict[str, tuple[Any, int | None]],
+  state: train_step.TrainState,
+  step: int,
+  writer: metric_writer.MetricWriter | None,
+  last: bool,
+) -> dict[str, float]:
+  """Runs the evaluators that are due, on the Polyak average if there is one."""
+  params = state.params if state.ema is None else state.ema
+  metrics = {}
+  for name, (evaluator, log_steps) in evaluators.items():
+    if last or (log_steps and step % log_steps == 0):
+      found = dict(evaluator.run(params))
+      top1 = [f"{v:.2%}" for k, v in found.items() if k.endswith("/top1")]
+      log.info("step %d  %s top-1 %s", step, name, " ".join(top1))
+      metrics.update(found)
+  if metrics and writer:
+    writer.write(step, metrics)
+  return metrics
+
+
+def prefetch(batches: Iterator[Any], mesh: Any, ahead: int = 2) -> Iterator[Any]:
+  """Puts batches on the devices, some ahead of their use."""
+  queue = collections.deque()
+  for batch in batches:
+    queue.append(parallel.put_batch(batch, mesh))
+    if len(queue) > ahead:
+      yield queue.popleft()
+  yield from queue
+
+
+class Progress:
+  """Follows the updates: logs, writes metrics, stops where one is not finite.
+
+  Args:
+    program: what is trained.
+    writer: None on processes that do not write.
+    store: where the last good checkpoint is.
+    step: of the state that training starts from.
+    total_steps: length of the training.
+  """
+
+  def __init__(self, program, writer, store, step, total_steps):
+    self.config = program.config
+    self.writer = writer
+    self.store = store
+    self.total_steps = total_steps
+    self.pending = collections.deque()
+    self.since = (step, time.monotonic())
+
+  def add(self, step: int, grid: Any, scalars: dict[str, jax.Array]) -> None:
+    """Notes an update that was started; looks at those long started."""
+    self.pending.append((step, grid, scalars))
+    while len(self.pending) > _IN_FLIGHT:
+      self._look(*self.pending.popleft())
+
+  def flush(self) -> None:
+    """Waits for the updates that were started and looks at them."""
+    while self.pending:
+      self._look(*self.pending.popleft())
+
+  def _look(self, step, grid, scalars):
+    if not scalars["finite"]:
+      steps = self.store.steps()
+      last = f"step {steps[-1]} in {self.store.path}" if steps else "none"
+      values = {k: float(scalars[k]) for k in ("loss", "grad_norm", "lr")}
+      raise FloatingPointError(
+        f"Update {step} is not finite ({values}, grid {grid}). The last good "
+        f"checkpoint: {last}. Lower config.lr, clip gradients "
+        "(config.grad_clip_norm) or set config.model.qk_norm, in a new work "
+        "directory."
+      )
+    every = self.config.log_training_steps
+    if step % every and step not in (1, self.total_steps):
+      return
+    scalars = jax.device_get(scalars)
+    values = {
+      f"train/{k}": float(v) for k, v in scalars.items() if k != "finite"
+    }
+    if grid is not None:
+      values["train/grid"] = config_utils.format_grid(grid)
+    then, clock = self.since
+    now = time.monotonic()
+    rate = (step - then) / (now - clock)
+    self.since = (step, now)
+    values["train/images_per_second"] = rate * self.config.input.batch_size
+    left = (self.total_steps - step) / rate
+    log.info(
+      "step %d/%d (%.0f%%)  loss %.4f  %s  %.0f images/s  ETA %s",
+      step,
+      self.total_steps,
+      100 * step / self.total_steps,
+      values["train/loss"],
+      values.get("train/grid", ""),
+      values["train/images_per_second"],
+      f"{left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f}",
+    )
+    if self.writer:
+      self.writer.write(step, values)
+
+
+def _images(evaluators, count=4):
+  """A few images of the first evaluator that has batches."""
+  for evaluator, _ in evaluators.values():
+    for batch in itertools.islice(evaluator.batches(), 1):
+      return batch["image"][:count]
+  return None
+
+
+def main(argv):
+  """Trains by the flags."""
+  del argv
+  train_and_evaluate(FLAGS.config, os.path.expanduser(FLAGS.workdir))
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARGS]")
+  flags.DEFINE_string("workdir", None, "Where the run is written.")
+  flags.mark_flags_as_required(["config", "workdir"])
+  config_utils.run(main)

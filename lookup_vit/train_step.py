@@ -1,0 +1,284 @@
+"""The train state and the compiled update and evaluation steps.
+
+`Program` bundles what a config defines apart from data: train.py, evaluate.py
+and the benchmarks run the very same steps.
+"""
+
+import functools
+import importlib
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from lookup_vit import optim, parallel
+
+Grid = tuple[int, ...]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """What training carries from step to step.
+
+  `step` is the number of updates made; `ema` is the Polyak average of the
+  parameters, None where `config.ema_decay` is.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  ema: Any = None
+
+
+def import_part(room: str, name: str, field: str) -> Any:
+  """Imports `lookup_vit.<room>.<name>`.
+
+  Raises:
+    ValueError: there is no such module; `field` is the config field at fault.
+  """
+  module = f"lookup_vit.{room}.{name}"
+  try:
+    return importlib.import_module(module)
+  except ModuleNotFoundError as e:
+    if e.name != module:
+      raise
+    raise ValueError(
+      f"{field}={name!r}: there is no {module.replace('.', '/')}.py."
+    ) from None
+
+
+def build_model(config: ml_collections.ConfigDict) -> Any:
+  """The model of a config.
+
+  Raises:
+    ValueError: unknown model, variant or field.
+  """
+  module = import_part("models", config.model_name, "config.model_name")
+  fields = config.model.to_dict()
+  return module.Model(config.num_classes, **fields)
+
+
+def train_grids(config: ml_collections.ConfigDict, model: Any) -> list[Any]:
+  """The compressed grids of a config, or [None] for a model without one.
+
+  Raises:
+    ValueError: grids for a model that has none.
+  """
+  if not hasattr(model, "grid"):
+    if config.grids is not None:
+      raise ValueError(
+        f"config.grids: model {config.model_name!r} has no compressed grid."
+      )
+    return [None]
+  if config.grids is None:
+    return [tuple(model.grid)]
+  if not config.grids:
+    raise ValueError("config.grids is empty.")
+  return [tuple(g) for g in config.grids]
+
+
+def draw_grid(grids: list[Any], seed: int, step: int) -> Any:
+  """The grid of an update: uniform, a function of seed and step alone."""
+  if len(grids) == 1:
+    return grids[0]
+  return grids[np.random.default_rng([seed, step]).integers(len(grids))]
+
+
+class Program:
+  """Model, task, optimizer and mesh of a config, and the steps over them.
+
+  Args:
+    config: a resolved config.
+    total_steps: length of the training, for the schedule.
+
+  Raises:
+    ValueError: anything in the config that cannot work: this is checked by
+      shapes, without computing.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict, total_steps: int):
+    self.config = config
+    self.mesh = parallel.make_mesh(config.mesh)
+    parallel.check_batch(
+      "config.input.batch_size",
+      config.input.batch_size,
+      self.mesh,
+      config.grad_accum_steps,
+    )
+    self.model = build_model(config)
+    self.grids = train_grids(config, self.model)
+    self.task = import_part("tasks", config.task, "config.task").Task(config)
+    for grid in self.grids:
+      shapes = jax.eval_shape(functools.partial(self._init_params, grid=grid))
+    self.tx, self.learning_rate = optim.make(config, shapes, total_steps)
+    self.trainable = optim.trainable(config, shapes)
+    self.state_shapes = jax.eval_shape(self._init_state)
+
+  def _init_params(self, grid=None):
+    rng = jax.random.fold_in(jax.random.key(self.config.seed), 0)
+    images = jnp.zeros((1, *self.config.input.image_size, 3))
+    fields = {} if grid is None else {"grid": grid}
+    return self.model.init(rng, images, **fields)["params"]
+
+  def _init_state(self, params=None):
+    if params is None:
+      params = self._init_params()
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=self.tx.init(params),
+      # A copy: state is donated, and no buffer may be donated twice.
+      ema=None
+      if self.config.ema_decay is None
+      else jax.tree.map(jnp.copy, params),
+    )
+
+  def init_state(self, params: Any = None) -> TrainState:
+    """The state before step 0, of given or freshly drawn parameters."""
+    init = jax.jit(
+      self._init_state, out_shardings=parallel.replicated(self.mesh)
+    )
+    return init(params)
+
+  def check_input(self, spec: Any, field: str) -> None:
+    """Raises ValueError unless batches of a data set fit model and task.
+
+    Args:
+      spec: shapes of a batch by name (TensorSpecs or arrays).
+      field: the config field that made them.
+    """
+    want = (*self.config.input.image_size, 3)
+    names = sorted(spec)
+    if "image" not in spec or not {"label", "labels"} & set(names):
+      raise ValueError(
+        f"{field}: a batch has {names}; want 'image' and 'label' or 'labels'."
+      )
+    got = tuple(spec["image"].shape[1:])
+    if got != want:
+      raise ValueError(
+        f"{field} makes images of shape {got}, config.input.image_size wants "
+        f"{want}."
+      )
+    if "labels" in spec and spec["labels"].shape[1] != self.config.num_classes:
+      raise ValueError(
+        f"{field} makes targets of {spec['labels'].shape[1]} classes, "
+        f"config.num_classes is {self.config.num_classes}."
+      )
+
+  def apply(self, params, batch, grid, **kwargs):
+    """The model's `(logits, out)` for a batch."""
+    if grid is not None:
+      kwargs["grid"] = grid
+    return self.model.apply({"params": params}, batch["image"], **kwargs)
+
+  def _gradients(self, params, batch, rng, grid):
+    capture = ()
+    if self.config.log_attention_logit:
+      capture = ("attention_logit_max",)
+
+    def loss_fn(params, batch, rng):
+      # What is frozen needs no gradient, so none is computed.
+      params = jax.tree.map(
+        lambda p, t: p if t else jax.lax.stop_gradient(p),
+        params,
+        self.trainable,
+      )
+      logits, out = self.apply(
+        params, batch, grid, train=True, rngs={"dropout": rng}, capture=capture
+      )
+      loss, scalars = self.task.loss(logits, out, batch)
+      if capture:
+        scalars["attention_logit_max"] = jnp.max(out["attention_logit_max"])
+      return loss, {"loss": loss, **scalars}
+
+    value_and_grad = jax.grad(loss_fn, has_aux=True)
+    accum = self.config.grad_accum_steps
+    if accum == 1:
+      return value_and_grad(params, batch, rng)
+
+    # Example i goes to micro-batch i mod accum: each device keeps its share.
+    micro = jax.tree.map(
+      lambda x: x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+
+    def body(total, xs):
+      index, part = xs
+      grads = value_and_grad(params, part, jax.random.fold_in(rng, index))
+      return jax.tree.map(jnp.add, total, grads), grads[1]
+
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype),
+      jax.eval_shape(
+        value_and_grad, params, jax.tree.map(lambda x: x[0], micro), rng
+      ),
+    )
+    total, each = jax.lax.scan(body, zeros, (jnp.arange(accum), micro))
+    grads, scalars = jax.tree.map(lambda x: x / accum, total)
+    if capture:
+      scalars["attention_logit_max"] = jnp.max(each["attention_logit_max"])
+    return grads, scalars
+
+  def update(self, state, batch, grid):
+    """One optimizer step, not compiled; see `update_step`."""
+    rng = jax.random.fold_in(jax.random.key(self.config.seed), 1)
+    rng = jax.random.fold_in(rng, state.step)
+    mix_rng, dropout_rng = jax.random.split(rng)
+    batch = self.task.augment(batch, mix_rng)
+    grads, scalars = self._gradients(state.params, batch, dropout_rng, grid)
+    updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+      ema = optax.incremental_update(params, ema, 1 - self.config.ema_decay)
+    scalars["grad_norm"] = optax.global_norm(grads)
+    scalars["update_norm"] = optax.global_norm(updates)
+    scalars["param_norm"] = optax.global_norm(params)
+    scalars["lr"] = self.learning_rate(state.step)
+    # A finite state followed by a finite update is a finite state.
+    scalars["finite"] = (
+      jnp.isfinite(scalars["loss"])
+      & jnp.isfinite(scalars["grad_norm"])
+      & jnp.isfinite(scalars["update_norm"])
+    )
+    return TrainState(state.step + 1, params, opt_state, ema), scalars
+
+  @functools.cached_property
+  def update_step(self):
+    """Compiled `(state, batch, grid) -> (state, scalars)`; donates the state.
+
+    `batch` is as the task takes it, split over the devices. The scalars: loss
+    and each head's, `grad_norm`, `update_norm`, `param_norm`, `lr`, `finite`,
+    and `attention_logit_max` where the config asks for it.
+    """
+    return jax.jit(
+      self.update,
+      static_argnums=2,
+      donate_argnums=0,
+      out_shardings=parallel.replicated(self.mesh),
+    )
+
+  def evaluate(self, params, batch, grid):
+    """Sums of the task's metrics over a batch; see `evaluation_step`."""
+    logits, out = self.apply(params, batch, grid)
+    metrics, weights = self.task.metrics(logits, out, batch)
+    sums = {name: jnp.sum(x * weights) for name, x in metrics.items()}
+    sums["examples"] = jnp.sum(weights)
+    sums["seen"] = jnp.sum(batch["_mask"])
+    return sums
+
+  @functools.cached_property
+  def evaluation_step(self):
+    """Compiled `(params, batch, grid) -> sums`.
+
+    The sums: each of the task's metrics over the examples that count,
+    `examples` (how many count) and `seen` (how many are no padding).
+    """
+    return jax.jit(
+      self.evaluate,
+      static_argnums=2,
+      out_shardings=parallel.replicated(self.mesh),
+    )

@@ -1,0 +1,292 @@
+"""ViT and LookupViT in float64 NumPy, as the paper's equations stand.
+
+Independent of the package but for the names in the parameter tree: loops over
+heads, patches and output positions instead of reshapes and library calls. HIPS
+autograd differentiates it.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import autograd.numpy as np
+from autograd.scipy.special import erf
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """What a model is, apart from its parameters."""
+
+  patch_size: tuple[int, ...] = ()
+  num_heads: int = 1
+  mhbc_heads: int | None = None
+  grid: tuple[int, ...] = ()
+  reuse: str = "weights"
+  positions: str = "learned"
+  pool: str = "gap"
+  qk_norm: bool = False
+  gelu: str = "tanh"
+  norm_eps: float = 1e-6
+
+
+# Layers.
+
+
+def layer_norm(spec, p, x):
+  mean = np.mean(x, axis=-1, keepdims=True)
+  variance = np.mean((x - mean) ** 2, axis=-1, keepdims=True)
+  y = (x - mean) / np.sqrt(variance + spec.norm_eps) * p["scale"]
+  return y + p["bias"] if "bias" in p else y
+
+
+def linear(p, x):
+  return np.dot(x, p["kernel"]) + p["bias"]
+
+
+def softmax(x, axis):
+  e = np.exp(x - np.max(x, axis=axis, keepdims=True))
+  return e / np.sum(e, axis=axis, keepdims=True)
+
+
+def gelu(spec, x):
+  if spec.gelu == "exact":
+    return x * (1 + erf(x / math.sqrt(2))) / 2
+  return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
+def mlp(spec, p, x):
+  return linear(p["dense_out"], gelu(spec, linear(p["dense_in"], x)))
+
+
+def heads_of(x, num_heads):
+  """The columns of each head, a list of `[batch, tokens, width / heads]`."""
+  d = x.shape[-1] // num_heads
+  return [x[:, :, h * d : (h + 1) * d] for h in range(num_heads)]
+
+
+def transpose(x):
+  return np.swapaxes(x, -1, -2)
+
+
+def attention_logits(spec, p, num_heads, queries, memory):
+  """A list over heads of `[batch, m, n]`."""
+  q = heads_of(linear(p["query"], queries), num_heads)
+  k = heads_of(linear(p["key"], memory), num_heads)
+  if spec.qk_norm:
+    q = [layer_norm(spec, p["query_norm"], x) for x in q]
+    k = [layer_norm(spec, p["key_norm"], x) for x in k]
+  return [
+    np.matmul(a, transpose(b)) / math.sqrt(a.shape[-1])
+    for a, b in zip(q, k, strict=True)
+  ]
+
+
+def weigh(weights, values):
+  """Each head's weights times its values, side by side again."""
+  v = heads_of(values, len(weights))
+  return np.concatenate(
+    [np.matmul(a, b) for a, b in zip(weights, v, strict=True)], axis=-1
+  )
+
+
+def attention(spec, p, queries, memory):
+  logits = attention_logits(spec, p, spec.num_heads, queries, memory)
+  weights = [softmax(x, -1) for x in logits]
+  x = linear(p["out"], weigh(weights, linear(p["value"], memory)))
+  return x, dict(attention=np.stack(weights, 1), logits=np.stack(logits, 1))
+
+
+def encoder_block(spec, p, x):
+  y = layer_norm(spec, p["norm_attention"], x)
+  y, captured = attention(spec, p["attention"], y, y)
+  x = x + y
+  x = x + mlp(spec, p["mlp"], layer_norm(spec, p["norm_mlp"], x))
+  return x, captured
+
+
+def lookup_block(spec, p, compressed, lookup):
+  """One block; returns both kinds of tokens and what attention was."""
+  mhbc = p["mhbc"]
+  num_heads = spec.mhbc_heads or spec.num_heads
+
+  # Information gathering.
+  y = layer_norm(spec, mhbc["norm_lookup"], lookup)
+  queries = layer_norm(spec, mhbc["norm_compressed"], compressed)
+  logits = attention_logits(spec, mhbc, num_heads, queries, y)
+  weights = [softmax(x, -1) for x in logits]
+  update = weigh(weights, linear(mhbc["value"], y))
+  compressed = compressed + linear(mhbc["out"], update)
+
+  # Representation refinement.
+  compressed, refined = encoder_block(spec, p["refinement"], compressed)
+
+  # Global contextualisation.
+  if spec.reuse != "none":
+    back = weights
+    if spec.reuse == "logits":
+      back = [softmax(x, -2) for x in logits]
+    v = linear(
+      mhbc["value_back"], layer_norm(spec, mhbc["norm_refined"], compressed)
+    )
+    update = weigh([transpose(a) for a in back], v)
+    lookup = lookup + linear(mhbc["out_back"], update)
+  y = layer_norm(spec, p["norm_lookup_mlp"], lookup)
+  lookup = lookup + mlp(spec, p["lookup_mlp"], y)
+
+  largest = max(np.max(np.stack(logits)), np.max(refined["logits"]))
+  captured = dict(attention=np.stack(weights, 1), attention_logit_max=largest)
+  return compressed, lookup, captured
+
+
+# Grids.
+
+
+def resize_weights(source, target):
+  """Linear antialiased resize of one axis, as a matrix `[target, source]`.
+
+  A triangle of half-width 1, in units of the coarser of the two spacings,
+  around the centre of each output position, normalised.
+  """
+  spacing = max(source / target, 1)
+  weights = []
+  for i in range(target):
+    centre = (i + 0.5) * source / target - 0.5
+    row = [max(0, 1 - abs(centre - j) / spacing) for j in range(source)]
+    weights.append([w / sum(row) for w in row])
+  return np.array(weights)
+
+
+def resize(x, source, target):
+  """`T(x, g)` for `x [batch, tokens, width]`."""
+  batch, _, width = x.shape
+  x = np.reshape(x, (batch, *source, width))
+  for axis, (n, m) in enumerate(zip(source, target, strict=True), 1):
+    x = np.moveaxis(
+      np.tensordot(resize_weights(n, m), x, axes=(1, axis)), 0, axis
+    )
+  return np.reshape(x, (batch, -1, width))
+
+
+def tokenise(spec, p, images):
+  """The tokens of the patches, in row-major order, and their grid."""
+  patch = spec.patch_size
+  grid = tuple(n // k for n, k in zip(images.shape[1:-1], patch, strict=True))
+  kernel = np.reshape(p["kernel"], (-1, p["kernel"].shape[-1]))
+  tokens = []
+  for index in itertools.product(*map(range, grid)):
+    window = tuple(
+      slice(i * k, (i + 1) * k) for i, k in zip(index, patch, strict=True)
+    )
+    pixels = np.reshape(images[(slice(None), *window)], (len(images), -1))
+    tokens.append(np.dot(pixels, kernel) + p["bias"])
+  return np.stack(tokens, axis=1), grid
+
+
+def sincos(grid, width):
+  """big_vision's sine-cosine positions, for any rank: `[tokens, width]`."""
+  count = width // (2 * len(grid))
+  table = []
+  for index in itertools.product(*map(range, grid)):
+    row = []
+    for position in reversed(index):
+      angles = [position / 10_000 ** (k / (count - 1)) for k in range(count)]
+      row += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+    table.append(row + [0.0] * (width - len(row)))
+  return np.array(table)
+
+
+def positions(spec, p, grid, width):
+  if spec.positions == "sincos":
+    return sincos(grid, width)[None]
+  return np.reshape(p["pos_embedding"], (1, -1, width))
+
+
+# Models.
+
+
+def cross_entropy(logits, labels):
+  """Mean over the batch; `labels [batch, classes]` sum to one."""
+  top = np.max(logits, axis=-1, keepdims=True)
+  normaliser = np.log(np.sum(np.exp(logits - top), axis=-1, keepdims=True))
+  return -np.mean(np.sum(labels * (logits - top - normaliser), axis=-1))
+
+
+def depth_of(params):
+  return sum(name.startswith("encoderblock_") for name in params)
+
+
+def lookup_vit(spec, params, images):
+  """All that the model can return, whatever is asked for."""
+  lookup, grid = tokenise(spec, params["embedding"], images)
+  pos = positions(spec, params, grid, lookup.shape[-1])
+  compressed = resize(lookup, grid, spec.grid) + resize(pos, grid, spec.grid)
+  lookup = lookup + pos
+  blocks = []
+  for i in range(depth_of(params)):
+    compressed, lookup, captured = lookup_block(
+      spec, params[f"encoderblock_{i}"], compressed, lookup
+    )
+    captured["block_compressed_tokens"] = compressed
+    captured["block_lookup_tokens"] = lookup
+    blocks.append(captured)
+  out = {k: np.stack([b[k] for b in blocks]) for k in blocks[0]}
+  for name, x in (("compressed", compressed), ("lookup", lookup)):
+    x = layer_norm(spec, params[f"norm_{name}"], x)
+    out[f"{name}_tokens"] = x
+    out[f"pre_logits_{name}"] = np.mean(x, axis=1)
+    if f"head_{name}" in params:
+      out[f"logits_{name}"] = linear(
+        params[f"head_{name}"], out[f"pre_logits_{name}"]
+      )
+  if "head_lookup" in params:
+    out["logits"] = (out["logits_compressed"] + out["logits_lookup"]) / 2
+  return out
+
+
+def lookup_vit_loss(spec, params, images, labels):
+  out = lookup_vit(spec, params, images)
+  return (
+    cross_entropy(out["logits_compressed"], labels)
+    + cross_entropy(out["logits_lookup"], labels)
+  ) / 2
+
+
+def vit(spec, params, images):
+  """All that the model can return, whatever is asked for."""
+  x, grid = tokenise(spec, params["embedding"], images)
+  x = x + positions(spec, params, grid, x.shape[-1])
+  if spec.pool == "tok":
+    cls = params["cls"] + np.zeros((len(images), 1, 1))
+    x = np.concatenate([cls, x], axis=1)
+  blocks = []
+  for i in range(depth_of(params)):
+    x, captured = encoder_block(spec, params[f"encoderblock_{i}"], x)
+    blocks.append(
+      dict(
+        block_tokens=x,
+        attention=captured["attention"],
+        attention_logit_max=np.max(captured["logits"]),
+      )
+    )
+  out = {k: np.stack([b[k] for b in blocks]) for k in blocks[0]}
+  x = layer_norm(spec, params["encoder_norm"], x)
+  out["tokens"] = x
+  if spec.pool == "gap":
+    x = np.mean(x, axis=1)
+  elif spec.pool == "tok":
+    x = x[:, 0]
+  else:
+    p = params["map_head"]
+    probe = p["probe"] + np.zeros((len(images), 1, 1))
+    # The probe attends to the tokens without a norm or residual of its own.
+    x, _ = attention(spec, p["attention"], probe, x)
+    x = x + mlp(spec, p["mlp"], layer_norm(spec, p["norm_mlp"], x))
+    x = x[:, 0]
+  out["pre_logits"] = x
+  if "head" in params:
+    out["logits"] = linear(params["head"], x)
+  return out
+
+
+def vit_loss(spec, params, images, labels):
+  return cross_entropy(vit(spec, params, images)["logits"], labels)

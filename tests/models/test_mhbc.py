@@ -1,0 +1,156 @@
+"""Tests of lookup_vit.models.mhbc, within a block."""
+
+import copy
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lookup_vit.models import layers, lookup_vit
+from tests.models import common
+
+EPS = 1e-6
+
+
+def make(tokens, num_heads, **fields):
+  """A block whose other parts add nothing: refinement and the lookup MLP."""
+  cfg = layers.LayerConfig(num_heads, norm_eps=EPS, **fields)
+  block = lookup_vit.LookupBlock(cfg, mhbc_heads=num_heads)
+  shapes = jax.eval_shape(block.init, jax.random.key(0), tokens, 0.0)
+  params = copy.deepcopy(common.random_like(shapes["params"]))
+  refinement = params["refinement"]
+  for layer in (
+    refinement["attention"]["out"],
+    refinement["mlp"]["dense_out"],
+    params["lookup_mlp"]["dense_out"],
+  ):
+    for x in layer.values():
+      x[...] = 0
+  return block, params
+
+
+def test_weights_come_back_transposed_loop_by_loop():
+  """Both directions of reuse="weights", one number at a time."""
+  batch, m, n, width, num_heads = 2, 3, 5, 8, 2
+  d = width // num_heads
+  rng = np.random.default_rng(0)
+  compressed = rng.standard_normal((batch, m, width)).astype(np.float32)
+  lookup = rng.standard_normal((batch, n, width)).astype(np.float32)
+  block, params = make((compressed, lookup), num_heads)
+  p = params["mhbc"]
+
+  def norm(name, x):
+    mean = sum(x) / width
+    variance = sum((v - mean) ** 2 for v in x) / width
+    scale, bias = p[name]["scale"], p[name]["bias"]
+    return [
+      float(scale[i]) * (x[i] - mean) / math.sqrt(variance + EPS)
+      + float(bias[i])
+      for i in range(width)
+    ]
+
+  def project(name, x):
+    kernel, bias = p[name]["kernel"], p[name]["bias"]
+    return [
+      float(bias[j]) + sum(x[i] * float(kernel[i, j]) for i in range(width))
+      for j in range(width)
+    ]
+
+  want_compressed = compressed.astype(np.float64)
+  want_lookup = lookup.astype(np.float64)
+  for b in range(batch):
+    y = [norm("norm_lookup", want_lookup[b, i]) for i in range(n)]
+    key = [project("key", x) for x in y]
+    value = [project("value", x) for x in y]
+    query = [
+      project("query", norm("norm_compressed", want_compressed[b, j]))
+      for j in range(m)
+    ]
+    # a[h][j][i]: what compressed token j takes from lookup token i.
+    a = []
+    for h in range(num_heads):
+      columns = range(h * d, (h + 1) * d)
+      a.append([])
+      for j in range(m):
+        e = []
+        for i in range(n):
+          dot = sum(query[j][c] * key[i][c] for c in columns)
+          e.append(math.exp(dot / math.sqrt(d)))
+        a[h].append([x / sum(e) for x in e])
+    for j in range(m):
+      mixed = [
+        sum(a[c // d][j][i] * value[i][c] for i in range(n))
+        for c in range(width)
+      ]
+      want_compressed[b, j] += project("out", mixed)
+    back = [
+      project("value_back", norm("norm_refined", want_compressed[b, j]))
+      for j in range(m)
+    ]
+    for i in range(n):
+      mixed = [
+        sum(a[c // d][j][i] * back[j][c] for j in range(m))
+        for c in range(width)
+      ]
+      want_lookup[b, i] += project("out_back", mixed)
+
+  got, _ = block.apply({"params": params}, (compressed, lookup), jnp.float32(0))
+  common.check_outputs(
+    dict(compressed=got[0], lookup=got[1]),
+    dict(compressed=want_compressed, lookup=want_lookup),
+  )
+
+
+def test_attention_dropout_is_the_same_in_both_directions():
+  """What a row drops on the way in, its column lacks on the way back.
+
+  Parameters are chosen so that the update of compressed token `m` spells row
+  `m` of the attention, and that of lookup token `n` the sum of column `n`.
+  """
+  copies, m, n, width, rate = 2000, 3, 5, 8, 0.4
+  rng = np.random.default_rng(0)
+  compressed = rng.standard_normal((1, m, width)).astype(np.float32)
+  lookup = rng.standard_normal((1, n, width)).astype(np.float32)
+  block, params = make((compressed, lookup), 1)
+  p = params["mhbc"]
+  y = (lookup[0] - lookup[0].mean(-1, keepdims=True)) / np.sqrt(
+    lookup[0].var(-1, keepdims=True) + EPS
+  ) * p["norm_lookup"]["scale"] + p["norm_lookup"]["bias"]
+  p["value"]["kernel"] = np.pad(np.linalg.pinv(y), [(0, 0), (0, width - n)])
+  p["value_back"]["kernel"] = np.zeros_like(p["value_back"]["kernel"])
+  for name, bias in (("value", 0), ("out", 0), ("out_back", 0)):
+    p[name]["bias"] = np.full(width, bias, np.float32)
+  p["value_back"]["bias"] = np.ones(width, np.float32)
+  p["out"]["kernel"] = p["out_back"]["kernel"] = np.eye(width, dtype=np.float32)
+
+  tokens = [np.tile(x, (copies, 1, 1)) for x in (compressed, lookup)]
+
+  def updates(**fields):
+    block, _ = make((compressed, lookup), 1, **fields)
+    got, captured = block.apply(
+      {"params": params},
+      tokens,
+      jnp.float32(0),
+      rngs={"dropout": jax.random.key(0)},
+    )
+    rows, columns = (
+      np.asarray(a) - b for a, b in zip(got, tokens, strict=True)
+    )
+    return rows[..., :n], columns, captured
+
+  exact, columns, captured = updates(capture=("attention",))
+  np.testing.assert_allclose(exact.sum(-1), 1, atol=1e-5)
+  np.testing.assert_allclose(exact, captured["attention"][:, 0], atol=1e-5)
+  assert exact.min() > 1e-3
+
+  rows, columns, captured = updates(
+    train=True, attention_dropout=rate, capture=("attention",)
+  )
+  dropped = rows < exact.min() / 2
+  np.testing.assert_allclose(dropped.mean(0), rate, atol=0.06)
+  want = np.where(dropped, 0, exact / (1 - rate))
+  np.testing.assert_allclose(rows, want, atol=1e-5)
+  np.testing.assert_allclose(
+    columns, np.repeat(rows.sum(1)[..., None], width, -1), atol=1e-5
+  )

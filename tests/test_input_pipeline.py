@@ -1,0 +1,477 @@
+"""Tests of lookup_vit/input_pipeline.py."""
+
+import itertools
+import logging
+import sys
+import types
+
+import ml_collections
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from data.digits import Builder
+from lookup_vit import input_pipeline as ip
+
+# Random crops and flips, so that a wrong seed shows in the pixels.
+RANDOM_PP = "decode|inception_crop(16)|flip_lr|value_range(-1, 1)"
+PLAIN_PP = "decode|value_range(-1, 1)"
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+  path = str(tmp_path_factory.mktemp("tfds"))
+  Builder(data_dir=path).download_and_prepare()
+  return path
+
+
+@pytest.fixture
+def digits(data_dir):
+  """Describes 37 digits, a number that no batch size here divides."""
+  return {"module": "data.digits", "split": "train[:37]", "data_dir": data_dir}
+
+
+def write_image(path, value):
+  """Writes an image of one colour, which names it after decoding."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  pixels = np.random.default_rng(value).integers(0, 9, (40, 40, 3), np.uint8)
+  pixels[:8] = value
+  Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Describes 20 images in two classes; image i has the value i on top."""
+  root = tmp_path / "images"
+  for i in range(20):
+    name = f"{i}.png" if i % 2 else f"{i}.jpg"
+    write_image(root / "train" / ("cat", "dog")[i // 10] / name, i)
+  for i in range(3):
+    write_image(root / "test" / "dog" / f"{i}.PNG", i)
+  return {"folder": str(root), "split": "train"}
+
+
+def take(data, steps, **kwargs):
+  ds = ip.make_train(data, **kwargs)
+  return list(itertools.islice(ip.numpy_iterator(ds, data), steps))
+
+
+def assert_same(got, want):
+  assert len(got) == len(want)
+  for g, w in zip(got, want, strict=True):
+    assert g.keys() == w.keys()
+    for key in w:
+      assert g[key].dtype == w[key].dtype
+      np.testing.assert_array_equal(g[key], w[key])
+
+
+# --- What data there are
+
+
+def test_sizes(digits, folder):
+  assert ip.num_examples(digits) == 37
+  assert ip.num_examples({**digits, "split": "train+test[:3]"}) == 1440
+  assert ip.num_classes(digits) == 10
+  assert ip.num_examples(folder) == 20
+  assert ip.num_examples({**folder, "split": "all"}) == 23
+  assert ip.num_classes(folder) == 2
+  config = ml_collections.ConfigDict({**folder, "data_dir": None})
+  assert ip.num_examples(config) == 20
+
+
+def test_classes_of_a_set_without_labels(digits, monkeypatch):
+  features = {"image": ip.get_builder(digits).info.features["image"]}
+  info = types.SimpleNamespace(features=features)
+  builder = types.SimpleNamespace(info=info)
+  monkeypatch.setattr(ip, "get_builder", lambda data: builder)
+  assert ip.num_classes(digits) is None
+
+
+def test_module_is_built_once(tmp_path, caplog):
+  caplog.set_level(logging.INFO, "lookup_vit")
+  data = {"module": "data.digits", "split": "test", "data_dir": str(tmp_path)}
+  assert ip.num_examples(data) == 360
+  assert ip.num_examples(data) == 360
+  assert sum(r.name == "lookup_vit" for r in caplog.records) == 1
+
+
+def test_named_set(data_dir):
+  # A set in data_dir needs no code of TFDS.
+  data = {"name": "digits", "split": "test", "data_dir": data_dir}
+  assert ip.num_examples(data) == 360
+  [batch] = take(data, 1, pp=PLAIN_PP, batch_size=4, seed=0)
+  assert batch["image"].shape == (4, 32, 32, 3)
+
+
+# --- The training stream
+
+
+@pytest.mark.parametrize("window", [5, 1000])
+@pytest.mark.parametrize("batch_size", [8, 50])
+def test_every_epoch_has_every_example_once(digits, window, batch_size):
+  steps = 4 * 37 // batch_size + 1
+  batches = take(
+    digits,
+    steps,
+    pp=PLAIN_PP,
+    batch_size=batch_size,
+    seed=1,
+    shuffle_buffer_size=window,
+  )
+  assert all(b["image"].shape == (batch_size, 32, 32, 3) for b in batches)
+  ids = np.concatenate([b["id"] for b in batches])[: 4 * 37].reshape(4, 37)
+  everything = np.sort(ids[0])
+  assert len(set(everything)) == 37
+  for epoch in ids:
+    np.testing.assert_array_equal(np.sort(epoch), everything)
+  assert len({tuple(epoch) for epoch in ids}) == 4  # Another order in each.
+
+
+def test_whole_set_in_one_window_is_shuffled_over_its_length(data_dir):
+  data = {"module": "data.digits", "split": "train", "data_dir": data_dir}
+  [batch] = take(
+    data, 1, pp='decode|keep("image", "id")', batch_size=1437, seed=0
+  )
+  # The files are in an order of their own, so that counts only as a reference.
+  builder = ip.get_builder(data)
+  order = [int(e["id"]) for e in builder.as_dataset(split="train")]
+  rank = {i: position for position, i in enumerate(order)}
+  ranks = np.array([rank[i] for i in batch["id"]])
+  assert abs(np.corrcoef(ranks, np.arange(1437))[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("source", ["digits", "folder"])
+def test_restart_gives_the_same_bits(source, request):
+  data = request.getfixturevalue(source)
+  kwargs = dict(pp=RANDOM_PP, batch_size=6, seed=2**40 + 3)
+  kwargs["shuffle_buffer_size"] = 10
+  want = take(data, 24, **kwargs)
+  rng = np.random.default_rng(0)
+  for start in [1, *rng.integers(2, 22, 5).tolist()]:
+    tf.random.set_seed(start)  # TensorFlow's global seed must not matter.
+    assert_same(take(data, 2, start_step=start, **kwargs), want[start:][:2])
+  tf.random.set_seed(0)
+  assert_same(take(data, 3, **kwargs), want[:3])
+
+
+def test_late_start_is_at_its_epoch_at_once(digits):
+  kwargs = dict(pp=RANDOM_PP, batch_size=37, seed=0)
+  [a] = take(digits, 1, start_step=10**7, **kwargs)
+  [b, c] = take(digits, 2, start_step=10**7 - 1, **kwargs)
+  assert_same([a], [c])
+  assert not np.array_equal(a["id"], b["id"])
+
+
+def test_skipped_examples_are_not_preprocessed(digits, monkeypatch):
+  seen = []
+
+  def get_preprocess_fn(pp):
+    del pp
+
+    def fn(record, seed):
+      # A seed tells not only the example but also its epoch.
+      [seed] = tf.numpy_function(
+        lambda s: (seen.append(tuple(s)), s)[1], [seed], [tf.int32]
+      )
+      return {"seed": tf.ensure_shape(seed, [2]), "id": record["id"]}
+
+    return fn
+
+  monkeypatch.setattr(ip, "get_preprocess_fn", get_preprocess_fn)
+  monkeypatch.setattr(ip, "_image_decoder", lambda feature: lambda r: r)
+  kwargs = dict(pp="", batch_size=2, seed=0)
+  batches = take(digits, 30, **kwargs)
+  seeds = [tuple(s) for s in np.concatenate([b["seed"] for b in batches])]
+  assert set(seeds) <= set(seen) and len(set(seeds)) == 60
+  seen.clear()
+  assert_same(take(digits, 5, start_step=25, **kwargs), batches[25:])
+  assert set(seeds[50:]) <= set(seen)
+  assert not set(seeds[:50]) & set(seen)
+
+
+@pytest.mark.parametrize("process_count", [2, 3])
+def test_hosts_share_the_same_global_batches(digits, process_count):
+  kwargs = dict(pp=RANDOM_PP, batch_size=12, seed=5, start_step=2)
+  want = take(digits, 6, **kwargs)
+  hosts = [
+    take(digits, 6, process_index=p, process_count=process_count, **kwargs)
+    for p in range(process_count)
+  ]
+  got = [
+    {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    for parts in zip(*hosts, strict=True)
+  ]
+  assert_same(got, want)
+
+
+def test_seed_and_epoch_change_order_and_pixels(digits):
+  kwargs = dict(pp=RANDOM_PP, batch_size=37)
+  seeds = [take(digits, 2, seed=seed, **kwargs) for seed in (0, 1, 2**32)]
+  by_id = []
+  for batch in itertools.chain(*seeds):
+    order = np.argsort(batch["id"])
+    by_id.append((tuple(batch["id"]), batch["image"][order]))
+  for (ids_a, images_a), (ids_b, images_b) in itertools.combinations(by_id, 2):
+    assert ids_a != ids_b
+    same = (images_a == images_b).all((1, 2, 3))
+    assert same.sum() < 3
+
+
+def test_examples_of_an_epoch_differ_in_their_augmentation(folder):
+  # Copies of one image, so that only their seeds tell them apart.
+  data = {**folder, "split": "train[:1]" + "+train[:1]" * 9}
+  [batch] = take(data, 1, pp=RANDOM_PP, batch_size=10, seed=0)
+  assert len({image.tobytes() for image in batch["image"]}) == 10
+
+
+def test_batches_are_views(digits):
+  [batch] = take(digits, 1, pp=PLAIN_PP, batch_size=4, seed=0)
+  assert not batch["image"].flags.owndata
+  assert not batch["image"].flags.writeable
+
+
+# --- Evaluation
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 3, 4])
+@pytest.mark.parametrize("split", ["train[:37]", "train[:24]", "train[:2]"])
+def test_eval_has_every_example_once(digits, split, process_count):
+  data = {**digits, "split": split}
+  everything = [
+    int(e["id"]) for e in ip.get_builder(data).as_dataset(split=split)
+  ]
+  hosts = []
+  for p in range(process_count):
+    ds, num_batches = ip.make_eval(
+      data,
+      pp=PLAIN_PP,
+      batch_size=12,
+      process_index=p,
+      process_count=process_count,
+    )
+    batches = list(ip.numpy_iterator(ds, data))
+    assert num_batches == len(batches) == -(-len(everything) // 12)
+    for batch in batches:
+      assert batch["image"].shape == (12 // process_count, 32, 32, 3)
+      assert batch["_mask"].dtype == np.float32
+      for key in batch:
+        assert not batch[key][batch["_mask"] == 0].any()
+    hosts.append(batches)
+  # In order over the hosts, batch by batch.
+  got = [
+    int(i)
+    for parts in zip(*hosts, strict=True)
+    for part in parts
+    for i in part["id"][part["_mask"] == 1]
+  ]
+  assert got == everything
+
+
+# --- Folders
+
+
+def tops(data):
+  """Returns the values that name the images of a split, in order."""
+  pp = 'decode|resize(40)|keep("image", "label")'
+  ds, _ = ip.make_eval(data, pp=pp, batch_size=7)
+  values = []
+  for batch in ip.numpy_iterator(ds, data):
+    real = batch["_mask"] == 1
+    top = np.rint(batch["image"][real, :6].mean((1, 2, 3))).astype(int)
+    np.testing.assert_array_equal(batch["label"][real], top >= 10)
+    values += top.tolist()
+  return values
+
+
+def test_folder_and_its_sub_splits(folder):
+  everything = tops(folder)
+  assert sorted(everything) == list(range(20))
+  splits = ["train[:70%]", "train[14:18]", "train[-2:]"]
+  parts = [tops({**folder, "split": split}) for split in splits]
+  assert [len(part) for part in parts] == [14, 4, 2]
+  assert sum(parts, []) == everything
+  assert tops({**folder, "split": "+".join(splits)}) == everything
+
+
+def find(folder, name):
+  [path] = tf.io.gfile.glob(f"{folder['folder']}/train/*/{name}")
+  return path
+
+
+def cut(path, size):
+  with open(path, "r+b") as file:
+    file.truncate(size)
+
+
+def test_broken_images_fail_or_are_skipped(folder, caplog):
+  before = tops({**folder, "split": "train[:75%]"})
+  cut(find(folder, "0.jpg"), 600)
+  cut(find(folder, "3.png"), 600)
+  cut(find(folder, "12.jpg"), 0)
+  with open(find(folder, "15.png"), "w") as file:
+    file.write("<html>not an image</html>")
+  with pytest.raises(ValueError, match="4 of the 20") as e:
+    ip.num_examples(folder)
+  for name in ("0.jpg", "3.png", "12.jpg", "15.png", "on_error='skip'"):
+    assert name in str(e.value)
+  with pytest.raises(ValueError, match="4 of the 20"):
+    ip.make_train(folder, pp=RANDOM_PP, batch_size=2, seed=0)
+
+  skip = {**folder, "on_error": "skip"}
+  broken = {0, 3, 12, 15}
+  assert ip.num_examples(skip) == 16
+  assert sorted(tops(skip)) == sorted(set(range(20)) - broken)
+  assert "4 of the 20" in caplog.text and "12.jpg" in caplog.text
+  # What is broken moves no other image to another sub-split.
+  after = tops({**skip, "split": "train[:75%]"})
+  assert after == [i for i in before if i not in broken]
+
+
+def test_repaired_images_are_seen(folder):
+  path = find(folder, "0.jpg")
+  cut(path, 600)
+  with pytest.raises(ValueError, match="1 of the 20"):
+    ip.num_examples(folder)
+  Image.new("RGB", (40, 40)).save(path)
+  assert ip.num_examples(folder) == 20
+
+
+def test_at_most_ten_broken_images_are_listed(folder):
+  for i in range(1, 20, 2):
+    cut(find(folder, f"{i}.png"), 50)
+  for i in (2, 4):
+    cut(find(folder, f"{i}.jpg"), 50)
+  with pytest.raises(ValueError, match="and 2 more") as e:
+    ip.num_examples(folder)
+  assert str(e.value).count("/train/") == 10
+
+
+def test_unusual_but_legal_images_are_kept(folder):
+  with open(find(folder, "0.jpg"), "ab") as file:
+    file.write(b"camera maker's notes")
+  path = find(folder, "2.jpg")
+  Image.open(find(folder, "1.png")).save(path, "PNG")  # A PNG named .jpg.
+  assert ip.num_examples(folder) == 20
+
+
+def test_damage_in_mid_file_is_named_at_run_time(folder):
+  path = find(folder, "7.png")
+  with open(path, "r+b") as file:
+    file.seek(200)
+    file.write(b"\0" * 200)
+  assert ip.num_examples(folder) == 20
+  with pytest.raises(ValueError, match="1 of the 20") as e:
+    take(folder, 10, pp=RANDOM_PP, batch_size=4, seed=0)
+  assert path in str(e.value)
+
+
+def test_failing_op_is_not_blamed_on_the_images(folder):
+  pp = "decode|random_crop(100)|value_range(-1, 1)"
+  with pytest.raises(tf.errors.InvalidArgumentError):
+    take(folder, 1, pp=pp, batch_size=4, seed=0)
+
+
+# --- Errors
+
+
+@pytest.mark.parametrize(
+  "data, words",
+  [
+    ({"nam": "cifar10"}, ["'nam'", "'name'", "folder, split"]),
+    ({"split": "train"}, ["exactly one", "none"]),
+    ({"name": "a", "folder": "b"}, ["exactly one", "name, folder"]),
+    ({"name": "cifar10", "on_error": "skip"}, ["on_error", "data.name"]),
+    ({"folder": "a", "data_dir": "b"}, ["data_dir", "data.folder"]),
+    ({"folder": "a", "on_error": "ignore"}, ["'ignore'", "'skip'"]),
+    ({"name": "cifar11"}, ["'cifar11'", "'cifar10'"]),
+    ({"name": "cifar10:9.0.0"}, ["9.0.0", "3.0.2"]),
+    ({"name": "imagenet2012_corrupted/fog_9"}, ["fog_9", "fog_1"]),
+    ({"module": "data.nothing"}, ["data.nothing", "root of the repo"]),
+    ({"module": "lookup_vit"}, ["'lookup_vit'", "no class Builder"]),
+    ({"folder": "/nowhere/at/all"}, ["/nowhere/at/all", "FOLDER/SPLIT/CLASS"]),
+  ],
+)
+def test_wrong_descriptions(data, words):
+  with pytest.raises(ValueError) as e:
+    ip.num_examples({"split": "train", **data})
+  for word in words:
+    assert word in str(e.value)
+
+
+def test_set_that_is_not_prepared(tmp_path):
+  data = {"name": "cifar10", "split": "train", "data_dir": str(tmp_path)}
+  with pytest.raises(ValueError) as e:
+    ip.get_builder(data)
+  assert f"tfds build cifar10 --data_dir={tmp_path}`" in str(e.value)
+  assert str(tmp_path / "cifar10") in str(e.value)
+  assert "manual" not in str(e.value)
+
+  data["name"] = "imagenet2012_corrupted/fog_1"
+  with pytest.raises(ValueError) as e:
+    ip.get_builder(data)
+  want = f"tfds build {data['name']} --data_dir={tmp_path} --manual_dir="
+  assert want in str(e.value)
+  assert "ILSVRC2012_img_val.tar" in str(e.value)
+
+
+def test_module_that_needs_manual_files(tmp_path, monkeypatch):
+  monkeypatch.setattr(Builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", "Ask them.")
+  data = {"module": "data.digits", "data_dir": str(tmp_path)}
+  with pytest.raises(ValueError, match="build data/digits .*Ask them"):
+    ip.get_builder(data)
+
+
+def test_module_whose_own_import_fails(tmp_path, monkeypatch):
+  (tmp_path / "needs_more.py").write_text("import no_such_package\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(ValueError, match="no_such_package"):
+    ip.get_builder({"module": "needs_more"})
+  sys.modules.pop("needs_more", None)
+
+
+@pytest.mark.parametrize("source", ["digits", "folder"])
+def test_wrong_splits(source, request):
+  data = request.getfixturevalue(source)
+  for split in ("trian", "train[:5", "train[:9999]", "all[:3]"):
+    with pytest.raises(ValueError) as e:
+      ip.num_examples({**data, "split": split})
+    for word in (split, "train (", "test ("):
+      assert word in str(e.value)
+  with pytest.raises(ValueError, match="not set; there are .*test"):
+    ip.num_examples({**data, "split": None})
+  empty = {**data, "split": "train[:0]"}
+  assert ip.num_examples(empty) == 0
+  with pytest.raises(ValueError, match=r"'train\[:0\]' has no examples"):
+    ip.make_train(empty, pp=PLAIN_PP, batch_size=2, seed=0)
+  with pytest.raises(ValueError, match=r"'train\[:0\]' has no examples"):
+    ip.make_eval(empty, pp=PLAIN_PP, batch_size=2)
+
+
+def test_folder_without_the_layout(folder):
+  classes = {**folder, "folder": folder["folder"] + "/train"}
+  with pytest.raises(ValueError, match="no images.*FOLDER/SPLIT/CLASS"):
+    ip.get_builder(classes)
+
+
+@pytest.mark.parametrize(
+  "sizes, words",
+  [
+    ((10, 0, 3), "batch_size=10 .* 3"),
+    ((0, 0, 1), "batch_size=0 "),
+    ((4, 2, 2), r"process_index=2 .*\[0, 2\)"),
+  ],
+)
+def test_sizes_that_do_not_fit(digits, sizes, words):
+  sizes = dict(zip(("batch_size", "process_index", "process_count"), sizes))
+  with pytest.raises(ValueError, match=words):
+    ip.make_train(digits, pp=PLAIN_PP, seed=0, **sizes)
+  with pytest.raises(ValueError, match=words):
+    ip.make_eval(digits, pp=PLAIN_PP, **sizes)
+
+
+def test_features_that_cannot_be_batched(digits, folder):
+  with pytest.raises(ValueError, match="'image'.*is a string.*keep"):
+    ip.make_train(digits, pp="", batch_size=2, seed=0)
+  with pytest.raises(ValueError, match="'image'.*may vary.*resize.*keep"):
+    ip.make_eval(folder, pp="decode", batch_size=2)
