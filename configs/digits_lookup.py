@@ -6,11 +6,11 @@ r"""Multi-resolution LookupViT on scikit-learn's handwritten digits.
 
 import ml_collections
 
-from lookup_vit.config_utils import parse_arg
+from lookup_vit import config_utils
 
 
 def get_config(arg=None):
-  arg = parse_arg(arg, runlocal=False, seed=0)
+  arg = config_utils.parse_arg(arg, runlocal=False, seed=0)
   config = ml_collections.ConfigDict()
 
   config.seed = arg.seed
@@ -47,4 +47,8 @@ def get_config(arg=None):
       log_steps=300,
     )
   )
+
+  if arg.runlocal:
+    config.model.depth = 1
+    config_utils.run_local(config)
   return config

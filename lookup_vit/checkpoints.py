@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
@@ -26,7 +25,7 @@ from lookup_vit.models import layers
 
 log = logging.getLogger("lookup_vit")
 
-_CONFIG = "config.json"
+_CONFIG = config_utils.CONFIG_FILE
 _FOLDER = "checkpoints"
 
 
@@ -42,7 +41,7 @@ def check_workdir(workdir: str, config: Mapping[str, Any]) -> None:
       differ are listed.
   """
   if os.path.exists(os.path.join(workdir, _CONFIG)):
-    saved = read_config(workdir).to_dict()
+    saved = config_utils.read_workdir(workdir).to_dict()
     lines = config_utils.differences(saved, config.to_dict())
     if lines:
       raise ValueError(
@@ -63,22 +62,6 @@ def write_config(workdir: str, config: Mapping[str, Any]) -> None:
       json.dump(config.to_dict(), f, indent=2)
       f.write("\n")
     os.replace(path + ".tmp", path)
-
-
-def read_config(workdir: str) -> ml_collections.ConfigDict:
-  """The resolved config of a work directory.
-
-  Raises:
-    ValueError: there is none, or it cannot be read.
-  """
-  path = os.path.join(workdir, _CONFIG)
-  if not os.path.isfile(path):
-    raise ValueError(f"{workdir} is no work directory: it has no {_CONFIG}.")
-  try:
-    with open(path) as f:
-      return config_utils.resolve(json.load(f))
-  except json.JSONDecodeError as e:
-    raise ValueError(f"{path} is damaged: {e}.") from None
 
 
 @jax.jit
@@ -250,7 +233,7 @@ def load_params(workdir: str, step: int | None = None, sharding: Any = None):
     ValueError: no work directory, no checkpoint, or not that step.
     DamagedCheckpointError: it cannot be read back.
   """
-  config = read_config(workdir)
+  config = config_utils.read_workdir(workdir)
   checkpoints = Checkpoints(workdir, read_only=True)
   try:
     steps = checkpoints.steps()

@@ -18,6 +18,8 @@ import absl.logging
 import ml_collections
 from absl import app
 
+CONFIG_FILE = "config.json"
+
 # Every field a config may have, and what it is where a config does not say.
 # A value of `{}` is checked by the part that it configures.
 DEFAULTS = dict(
@@ -193,6 +195,42 @@ def _complete(defaults, given, where):
         value = _complete(default, value, f"{where}.{name}")
     full[name] = value
   return full
+
+
+def read_workdir(workdir: str) -> ml_collections.ConfigDict:
+  """The resolved config of a work directory.
+
+  Raises:
+    ValueError: there is none, or it cannot be read.
+  """
+  path = os.path.join(workdir, CONFIG_FILE)
+  if not os.path.isfile(path):
+    raise ValueError(f"{workdir} is no work directory: no {CONFIG_FILE} there.")
+  try:
+    with open(path) as f:
+      return resolve(json.load(f))
+  except json.JSONDecodeError as e:
+    raise ValueError(f"{path} is damaged: {e}.") from None
+
+
+def run_local(config: ml_collections.ConfigDict) -> None:
+  """Makes a config's run a matter of seconds: few steps on the digits.
+
+  Model and image size are for the config itself to make small.
+  """
+  config.num_classes = 10
+  config.input.data = dict(module="data.digits", split="train[:64]")
+  config.input.batch_size = 8
+  config.input.shuffle_buffer_size = 64
+  for evaluator in config.evals.values():
+    evaluator.data = dict(module="data.digits", split="test[:20]")
+    evaluator.log_steps = None
+  with config.unlocked():
+    config.total_steps = 6
+    config.pop("total_epochs", None)
+  config.schedule = dict(warmup_steps=2, decay_type="cosine")
+  config.log_training_steps = 2
+  config.ckpt_steps = 3
 
 
 def total_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:

@@ -37,7 +37,7 @@ def evaluate(workdir: str, step: int | None = None) -> list[dict[str, Any]]:
     ValueError: no work directory, no such checkpoint, a damaged one, or no
       evaluator in the config.
   """
-  config = checkpoints.read_config(workdir)
+  config = config_utils.read_workdir(workdir)
   if not config.evals:
     raise ValueError(f"The config of {workdir} names no evaluators.")
   steps = config_utils.total_steps(

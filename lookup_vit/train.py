@@ -58,11 +58,13 @@ def train_and_evaluate(
   """
   # What can be wrong is found first.
   config = config_utils.resolve(config)
-  checkpoints.check_workdir(workdir, config)
   data = config.input.data
+  if config.num_classes is None:
+    config.num_classes = input_pipeline.num_classes(data)
   total_steps = config_utils.total_steps(
     config, input_pipeline.num_examples(data)
   )
+  checkpoints.check_workdir(workdir, config)
   program = train_step.Program(config, total_steps)
   check_classes(config, data, "config.input.data")
   evaluators = make_evaluators(program, config.evals)
@@ -108,13 +110,12 @@ def train_and_evaluate(
     if last or (step + 1) % config.ckpt_steps == 0:
       progress.flush()  # Nothing is saved that is not finite.
       store.save(step + 1, state)
-    evaluate(evaluators, state, step + 1, writer, last)
-  progress.flush()
-
-  # Results.
-  store.wait()
-  metrics = evaluate(evaluators, state, total_steps, None, True)
+    metrics = evaluate(evaluators, state, step + 1, writer, last)
+  if start == total_steps:  # Trained before.
+    metrics = evaluate(evaluators, state, start, None, True)
   store.close()
+
+  # What it leaves for people.
   if writer:
     writer.close()
     weights = state.params if state.ema is None else state.ema

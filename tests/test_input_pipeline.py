@@ -268,6 +268,15 @@ def test_eval_has_every_example_once(digits, split, process_count):
   assert got == everything
 
 
+def test_images_of_one_size_need_no_resize(digits):
+  want = list(ip.get_builder(digits).as_dataset(split=digits["split"]))
+  for pp in ("", "decode"):
+    ds, _ = ip.make_eval(digits, pp=pp, batch_size=37)
+    [batch] = ip.numpy_iterator(ds, digits)
+    np.testing.assert_array_equal(batch["image"], [e["image"] for e in want])
+    np.testing.assert_array_equal(batch["label"], [e["label"] for e in want])
+
+
 # --- Folders
 
 
@@ -463,15 +472,17 @@ def test_folder_without_the_layout(folder):
   ],
 )
 def test_sizes_that_do_not_fit(digits, sizes, words):
-  sizes = dict(zip(("batch_size", "process_index", "process_count"), sizes))
+  names = ("batch_size", "process_index", "process_count")
+  sizes = dict(zip(names, sizes, strict=True))
   with pytest.raises(ValueError, match=words):
     ip.make_train(digits, pp=PLAIN_PP, seed=0, **sizes)
   with pytest.raises(ValueError, match=words):
     ip.make_eval(digits, pp=PLAIN_PP, **sizes)
 
 
-def test_features_that_cannot_be_batched(digits, folder):
-  with pytest.raises(ValueError, match="'image'.*is a string.*keep"):
-    ip.make_train(digits, pp="", batch_size=2, seed=0)
+def test_features_that_cannot_be_batched(folder):
+  pp = 'copy("image", "file")|decode|resize(8)'
+  with pytest.raises(ValueError, match="'file'.*is a string.*keep"):
+    ip.make_train(folder, pp=pp, batch_size=2, seed=0)
   with pytest.raises(ValueError, match="'image'.*may vary.*resize.*keep"):
     ip.make_eval(folder, pp="decode", batch_size=2)

@@ -14,6 +14,11 @@ from tests.models import reference
 # Of ||a - b|| / ||b|| of an array, float32 against float64.
 TOLERANCE = 1e-5
 
+# Most of the time goes to compilation: machine code need not be fast.
+jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
 
 def flat(tree):
   """A tree's leaves by path: `{"encoderblock_0/mhbc/key/bias": array}`."""
@@ -78,9 +83,11 @@ def loss_of(out, logits, labels):
   return sum(losses) / len(losses)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(model, kwargs, params, images, rngs):
+def _run(model, kwargs, params, images, rngs):
   return model.apply({"params": params}, images, rngs=rngs, **dict(kwargs))
+
+
+_apply = jit(_run, static_argnums=(0, 1))
 
 
 def apply(model, params, images, rng=None, **kwargs):
@@ -89,10 +96,10 @@ def apply(model, params, images, rng=None, **kwargs):
   return _apply(model, tuple(kwargs.items()), params, images, rngs)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jit, static_argnums=(0, 1))
 def _gradients(model, kwargs, params, images, labels, rngs):
   def loss(params, images):
-    logits, out = _apply(model, kwargs, params, images, rngs)
+    logits, out = _run(model, kwargs, params, images, rngs)
     return loss_of(out, logits, labels), dict(out, logits=logits)
 
   grads, out = jax.grad(loss, (0, 1), has_aux=True)(params, images)

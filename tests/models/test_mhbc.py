@@ -128,7 +128,7 @@ def test_attention_dropout_is_the_same_in_both_directions():
 
   def updates(**fields):
     block, _ = make((compressed, lookup), 1, **fields)
-    got, captured = block.apply(
+    got, captured = common.jit(block.apply)(
       {"params": params},
       tokens,
       jnp.float32(0),

@@ -1,0 +1,19 @@
+r"""Multi-resolution LookupViT on ImageNet-1k, trained as `in1k_vit_b.py` is.
+
+    python -m lookup_vit.train --config=configs/in1k_lookup_b.py \
+        --workdir=gs://BUCKET/in1k_lookup_b
+
+Arguments: `--config=configs/in1k_lookup_b.py:variant=L/16,res=384`, `runlocal`
+for a trial without ImageNet.
+"""
+
+from configs import in1k_vit_b
+
+
+def get_config(arg=None):
+  config = in1k_vit_b.get_config(arg)
+  config.model_name = "lookup_vit"
+  config.model.grid = (5, 5)
+  # The grid of an update is drawn from these (section 3.3 of the paper).
+  config.grids = [(3, 3), (5, 5), (7, 7), (10, 10)]
+  return config

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets everything up and passes the linter and the tests.
+# Usage: bash launch/test.sh [PYTEST ARGUMENTS]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/env.sh test
+ruff check .
+ruff format --check .
+python -m pytest "$@"

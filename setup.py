@@ -1,0 +1,36 @@
+"""Packaging of lookup_vit; configs/ and data/ are used from the repository."""
+
+from setuptools import find_packages, setup
+
+setup(
+  name="lookup_vit",
+  version="0.1.0",
+  description="LookupViT in JAX: vision transformers on few tokens.",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["lookup_vit", "lookup_vit.*"]),
+  install_requires=[
+    "absl-py",
+    "clu",
+    "flax>=0.12",
+    "importlib_resources",  # TFDS needs it and does not say so.
+    "jax>=0.10",
+    "jaxtyping",
+    "matplotlib",
+    "ml_collections>=1.1",
+    "numpy",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12",
+    "scikit-learn",  # The embedded digits.
+    "tensorboard",  # clu.metric_writers needs it.
+    "tensorflow>=2.21",
+    "tensorflow-datasets>=4.9.10",
+  ],
+  extras_require={
+    "test": ["autograd", "pillow", "pytest", "pytest-xdist", "ruff"],
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda12]"],
+    # `tfds build`, the command line, needs both.
+    "beam": ["apache-beam", "mlcroissant"],
+  },
+)
