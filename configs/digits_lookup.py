@@ -1,6 +1,6 @@
 r"""Multi-resolution LookupViT on scikit-learn's handwritten digits.
 
-    python -m lookup_vit.train --config=configs/digits_lookup.py \
+python -m lookup_vit.train --config=configs/digits_lookup.py \
         --workdir=workdirs/digits_lookup
 """
 

@@ -1,6 +1,6 @@
 r"""ViT on scikit-learn's handwritten digits, trained as `digits_lookup.py` is.
 
-    python -m lookup_vit.train --config=configs/digits_vit.py \
+python -m lookup_vit.train --config=configs/digits_vit.py \
         --workdir=workdirs/digits_vit
 """
 

@@ -5,9 +5,8 @@ arXiv:2010.11929, appendix B.1.1): SGD with momentum, 20,000 steps of 512, no
 weight decay, learning rate 0.03. The classifiers start afresh and positions are
 resized.
 
-    python -m lookup_vit.train \
-        --config=configs/in1k_finetune.py:from=gs://BUCKET/in21k_lookup_b,res=384 \
-        --workdir=gs://BUCKET/in1k_finetune
+    python -m lookup_vit.train --workdir=workdirs/in1k_finetune \
+        --config=configs/in1k_finetune.py:from=workdirs/in21k_lookup_b,res=384
 
 `from` is the work directory of the run to start from; model and grids are its
 own. `runlocal` is for a trial, from a run that was made with `runlocal`.

@@ -173,7 +173,9 @@ class Checkpoints:
     name = "ema" if os.path.isdir(os.path.join(folder, "ema")) else "params"
     try:
       tree = self._manager.item_metadata(step)[name].tree
-      like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+      like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree
+      )
     except Exception as e:  # noqa: BLE001: Orbax raises many kinds.
       raise self._damaged(step, e) from e
     return self._read(step, {name: like}, sharding)[name]

@@ -16,7 +16,7 @@ from typing import Any
 
 import absl.logging
 import ml_collections
-from absl import app
+from absl import app, flags
 
 CONFIG_FILE = "config.json"
 
@@ -225,9 +225,8 @@ def run_local(config: ml_collections.ConfigDict) -> None:
   for evaluator in config.evals.values():
     evaluator.data = dict(module="data.digits", split="test[:20]")
     evaluator.log_steps = None
-  with config.unlocked():
-    config.total_steps = 6
-    config.pop("total_epochs", None)
+  config.total_steps = 6
+  config.total_epochs = None
   config.schedule = dict(warmup_steps=2, decay_type="cosine")
   config.log_training_steps = 2
   config.ckpt_steps = 3
@@ -292,17 +291,42 @@ def run(main: Callable[[Any], Any]) -> None:
   the traceback.
   """
 
-  def wrapped(argv):
-    debug = absl.logging.get_verbosity() >= absl.logging.DEBUG
-    setup_logging(debug)
-    try:
-      main(argv)
-    except (ValueError, FileNotFoundError, FloatingPointError) as e:
-      if debug:
-        raise
-      sys.exit(f"error: {e}")
+  def debug():
+    return absl.logging.get_verbosity() >= absl.logging.DEBUG
 
-  app.run(wrapped)
+  def guarded(function):
+    def call(argv):
+      try:
+        return function(argv)
+      except (ValueError, FileNotFoundError, FloatingPointError) as e:
+        if debug():
+          raise
+        sys.exit(f"error: {e}")
+
+    return call
+
+  def logged(argv):
+    setup_logging(debug())
+    main(argv)
+
+  def parse(argv):
+    # This calls the config's get_config, whose errors come with a traceback.
+    try:
+      return flags.FLAGS(argv)
+    except flags.Error as e:
+      text = str(e).strip()
+      if debug() or "Traceback" not in text:
+        sys.exit(f"error: {text}\nTry --help.")
+      text = text.splitlines()[-1].strip()
+      sys.exit(f"error: {text.removeprefix('ValueError: ')}")
+    except AttributeError as e:
+      if debug():
+        raise
+      sys.exit(
+        f"error: the config has no field {e} to override; add it to the file."
+      )
+
+  app.run(guarded(logged), flags_parser=parse)
 
 
 def setup_logging(debug: bool = False) -> None:
@@ -312,7 +336,9 @@ def setup_logging(debug: bool = False) -> None:
   log.propagate = False
   if not log.handlers:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(
+      logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    )
     log.addHandler(handler)
   if not debug:
     absl.logging.set_verbosity(absl.logging.ERROR)

@@ -1,6 +1,6 @@
 r"""Reloads a work directory's checkpoint and repeats its evaluation.
 
-    python -m lookup_vit.evaluate --workdir=workdirs/digits_lookup
+python -m lookup_vit.evaluate --workdir=workdirs/digits_lookup
 """
 
 import json
@@ -12,7 +12,7 @@ from absl import flags
 from lookup_vit import (
   checkpoints,
   config_utils,
-  input_pipeline,
+  datasets,
   parallel,
   train,
   train_step,
@@ -41,7 +41,7 @@ def evaluate(workdir: str, step: int | None = None) -> list[dict[str, Any]]:
   if not config.evals:
     raise ValueError(f"The config of {workdir} names no evaluators.")
   steps = config_utils.total_steps(
-    config, input_pipeline.num_examples(config.input.data)
+    config, datasets.num_examples(config.input.data)
   )
   program = train_step.Program(config, steps)
   evaluators = train.make_evaluators(program, config.evals)

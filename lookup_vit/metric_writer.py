@@ -28,7 +28,7 @@ class MetricWriter:
       with open(path + ".tmp", "w") as f:
         f.writelines(json.dumps(r) + "\n" for r in kept)
       os.replace(path + ".tmp", path)
-    self._file = open(path, "a")  # noqa: SIM115: closed in close().
+    self._file = open(path, "a")  # noqa: SIM115
     self._summaries = metric_writers.SummaryWriter(workdir)
 
   def write(self, step: int, values: Mapping[str, float | str]) -> None:

@@ -37,7 +37,9 @@ def make(
     ValueError: an unknown optimizer, option or schedule, or a regex that
       matches nothing.
   """
-  schedule = make_schedule(config.schedule, config.input.batch_size, total_steps)
+  schedule = make_schedule(
+    config.schedule, config.input.batch_size, total_steps
+  )
   lr_mults = by_path(config.lr_mults, params, 1.0, "lr_mults")
   wd_mults = by_path(config.wd_mults, params, 0.0, "wd_mults")
 
@@ -63,9 +65,7 @@ def make(
   if not all(jax.tree.leaves(labels)):
     # No state and no update for what is frozen.
     names = jax.tree.map(lambda t: "trained" if t else "frozen", labels)
-    tx = optax.partition(
-      {"trained": tx, "frozen": optax.set_to_zero()}, names
-    )
+    tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, names)
   return tx, lambda step: config.lr * schedule(step)
 
 
@@ -94,7 +94,9 @@ def by_path(
     try:
       regex = re.compile(pattern)
     except re.error as e:
-      raise ValueError(f"config.{field}: {pattern!r} is no regex: {e}.") from None
+      raise ValueError(
+        f"config.{field}: {pattern!r} is no regex: {e}."
+      ) from None
     if not any(regex.fullmatch(n) for n in names):
       raise ValueError(
         f"config.{field}: {pattern!r} matches no parameter; there are "
@@ -185,10 +187,15 @@ def make_schedule(
   Raises:
     ValueError: an unknown option or decay, or a warm-up as long as training.
   """
-  known = (
-    "decay_type warmup_steps warmup_percent warmup_examples cooldown_steps "
-    "timescale linear_end"
-  ).split()
+  known = [
+    "decay_type",
+    "warmup_steps",
+    "warmup_percent",
+    "warmup_examples",
+    "cooldown_steps",
+    "timescale",
+    "linear_end",
+  ]
   unknown = set(options) - set(known)
   if unknown:
     raise ValueError(

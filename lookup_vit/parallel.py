@@ -50,7 +50,9 @@ def check_batch(
   """Raises ValueError where a global batch does not split over the devices."""
   count = mesh.shape["data"]
   if batch_size % (count * grad_accum_steps):
-    accum = f" x {grad_accum_steps} accumulation" if grad_accum_steps > 1 else ""
+    accum = (
+      f" x {grad_accum_steps} accumulation" if grad_accum_steps > 1 else ""
+    )
     raise ValueError(
       f"{name}={batch_size} does not divide over {count} device(s){accum}: "
       f"want a multiple of {count * grad_accum_steps}."

@@ -1,10 +1,11 @@
-"""Loads TensorFlow without the page of notes that it prints on every start.
+"""Loads TensorFlow without GPUs and without the notes that it prints.
 
 Import this before TensorFlow. The notes come from C++ before any setting is
-read, so what goes to stderr during the import is kept back, and shown only
-where the import fails.
+read, so what goes to stderr meanwhile is kept back, and shown only where the
+import fails.
 """
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -12,15 +13,14 @@ import tempfile
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-def _load():
-  if "tensorflow" in sys.modules:
-    return
+@contextlib.contextmanager
+def _stderr_kept_back():
   sys.stderr.flush()
   stderr = os.dup(2)
   with tempfile.TemporaryFile() as notes:
     os.dup2(notes.fileno(), 2)
     try:
-      import tensorflow  # noqa: F401
+      yield
     except BaseException:
       notes.seek(0)
       os.write(stderr, notes.read())
@@ -30,4 +30,10 @@ def _load():
       os.close(stderr)
 
 
-_load()
+with _stderr_kept_back():
+  import tensorflow as tf
+
+  # TensorFlow would take all memory of the GPUs that JAX computes on. It raises
+  # if it has started already, and then it is too late.
+  with contextlib.suppress(RuntimeError):
+    tf.config.set_visible_devices([], "GPU")

@@ -1,6 +1,6 @@
 r"""Trains a model by a config; running the same command again continues.
 
-    python -m lookup_vit.train --config=configs/digits_lookup.py \
+python -m lookup_vit.train --config=configs/digits_lookup.py \
         --workdir=workdirs/digits_lookup
 """
 
@@ -20,13 +20,13 @@ from ml_collections import config_flags
 from lookup_vit import (
   checkpoints,
   config_utils,
+  datasets,
   input_pipeline,
   metric_writer,
   parallel,
   train_step,
 )
 from lookup_vit.analysis import summary
-
 
 FLAGS = flags.FLAGS
 
@@ -60,10 +60,8 @@ def train_and_evaluate(
   config = config_utils.resolve(config)
   data = config.input.data
   if config.num_classes is None:
-    config.num_classes = input_pipeline.num_classes(data)
-  total_steps = config_utils.total_steps(
-    config, input_pipeline.num_examples(data)
-  )
+    config.num_classes = datasets.num_classes(data)
+  total_steps = config_utils.total_steps(config, datasets.num_examples(data))
   checkpoints.check_workdir(workdir, config)
   program = train_step.Program(config, total_steps)
   check_classes(config, data, "config.input.data")
@@ -127,7 +125,7 @@ def check_classes(
   config: ml_collections.ConfigDict, data: Any, field: str
 ) -> None:
   """Raises ValueError where a data set has other classes than the config."""
-  classes = input_pipeline.num_classes(data)
+  classes = datasets.num_classes(data)
   if classes is not None and classes != config.num_classes:
     raise ValueError(
       f"{field} has {classes} classes, config.num_classes is "
@@ -202,7 +200,9 @@ def evaluate(
   return metrics
 
 
-def prefetch(batches: Iterator[Any], mesh: Any, ahead: int = 2) -> Iterator[Any]:
+def prefetch(
+  batches: Iterator[Any], mesh: Any, ahead: int = 2
+) -> Iterator[Any]:
   """Puts batches on the devices, some ahead of their use."""
   queue = collections.deque()
   for batch in batches:

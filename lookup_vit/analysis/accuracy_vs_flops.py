@@ -1,6 +1,6 @@
 r"""Accuracy against compute, for one or several runs.
 
-    python -m lookup_vit.analysis.accuracy_vs_flops \
+python -m lookup_vit.analysis.accuracy_vs_flops \
         --workdirs=workdirs/digits_lookup,workdirs/digits_vit \
         --output=workdirs/accuracy_vs_flops.png
 """

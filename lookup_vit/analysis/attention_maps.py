@@ -33,9 +33,7 @@ def attention(
     return jnp.mean(out["attention"][-1], axis=1)
 
   maps = np.asarray(forward(params, images))
-  lookup_grid = layers.lookup_grid(
-    images.shape[1:-1], program.model.patch_size
-  )
+  lookup_grid = layers.lookup_grid(images.shape[1:-1], program.model.patch_size)
   return maps.reshape(*maps.shape[:2], *lookup_grid)
 
 

@@ -46,7 +46,9 @@ def cost(model: Any, image_size: Sequence[int], grid: Any = None) -> Cost:
   images = jax.ShapeDtypeStruct((1, *image_size, 3), np.float32)
   fields = {} if grid is None else {"grid": tuple(grid)}
   key = jax.eval_shape(lambda: jax.random.key(0))
-  variables = jax.eval_shape(functools.partial(model.init, **fields), key, images)
+  variables = jax.eval_shape(
+    functools.partial(model.init, **fields), key, images
+  )
   forward = lambda v, x: model.apply(v, x, **fields)[0]  # noqa: E731
   analysis = jax.jit(forward).lower(variables, images).cost_analysis()
   params = sum(math.prod(x.shape) for x in jax.tree.leaves(variables))

@@ -36,9 +36,7 @@ def write(
     json.dump(rows, f, indent=2)
   if any("top1" in row for row in rows):
     print(accuracy_vs_flops.table(rows), flush=True)
-    accuracy_vs_flops.plot(
-      rows, os.path.join(workdir, "accuracy_vs_flops.png")
-    )
+    accuracy_vs_flops.plot(rows, os.path.join(workdir, "accuracy_vs_flops.png"))
   is_2d = images is not None and images.ndim == 4
   if program.grids[0] is not None and is_2d:
     attention_maps.write(

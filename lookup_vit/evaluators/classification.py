@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from lookup_vit import config_utils, input_pipeline, parallel
+from lookup_vit import config_utils, datasets, input_pipeline, parallel
 from lookup_vit.train_step import Program
 
 
@@ -47,7 +47,7 @@ class Evaluator:
     parallel.check_batch(
       f"config.evals.{name}.batch_size", batch_size, program.mesh
     )
-    self.examples = input_pipeline.num_examples(data)
+    self.examples = datasets.num_examples(data)
     self.dataset, _ = input_pipeline.make_eval(
       data,
       pp=pp_fn,
@@ -67,9 +67,7 @@ class Evaluator:
     for batch in self.batches():
       batch = parallel.put_batch(batch, self.program.mesh)
       for grid, total in totals.items():
-        sums = jax.device_get(
-          self.program.evaluation_step(params, batch, grid)
-        )
+        sums = jax.device_get(self.program.evaluation_step(params, batch, grid))
         for metric, value in sums.items():
           total[metric] = total.get(metric, 0.0) + float(value)
     for grid, total in totals.items():

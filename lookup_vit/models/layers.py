@@ -99,9 +99,7 @@ def build(
   fields = {
     k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
   }
-  return cls(
-    num_classes=num_classes, **{**decode_variant(variant), **fields}
-  )
+  return cls(num_classes=num_classes, **{**decode_variant(variant), **fields})
 
 
 @dataclasses.dataclass(frozen=True)

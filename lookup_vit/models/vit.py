@@ -1,6 +1,7 @@
 """ViT (arXiv:2010.11929) over a token grid of any rank.
 
-Over a 3-D grid it is ViViT's joint space-time model (arXiv:2103.15691, Model 1).
+Over a 3-D grid it is ViViT's joint space-time model (arXiv:2103.15691, Model
+1).
 """
 
 from typing import Any

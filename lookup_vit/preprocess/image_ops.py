@@ -223,10 +223,10 @@ def decode_jpeg_and_inception_crop(
 ) -> ImageFn:
   """Does `decode|inception_crop`, decoding no more of a JPEG than the crop.
 
-  Other formats are decoded whole. The crop is the one that `inception_crop`
-  draws from the same seed. Its pixels are the same too, but for the first and
-  last column where a JPEG's colour is subsampled: the decoder smooths colour
-  across columns and does not see past the crop.
+  Other formats are decoded whole, decoded images are cropped. The crop is the
+  one that `inception_crop` draws from the same seed. Its pixels are the same
+  too, but for the first and last column where a JPEG's colour is subsampled:
+  the decoder smooths colour across columns and does not see past the crop.
 
   Args:
     size: as in `inception_crop`, like all other arguments.
@@ -238,27 +238,29 @@ def decode_jpeg_and_inception_crop(
     antialias: see there.
 
   Returns:
-    An op from a string tensor to a uint8 image [height, width, 3].
+    An op from a string tensor, or a uint8 image, to a uint8 image [height,
+    width, 3].
   """
   bounds = (area_min, area_max, ratio_min, ratio_max)
   _check_inception_crop(*bounds, resize_method)
   size = None if size is None else _height_width(size)
 
   def fn(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    content = image
-
     def crop_jpeg():
-      shape = tf.io.extract_jpeg_shape(content)
+      shape = tf.io.extract_jpeg_shape(image)
       window = _sample_crop(shape[:2], seed, *bounds)
-      return tf.io.decode_and_crop_jpeg(content, window, 3, dct_method=_DCT)
+      return tf.io.decode_and_crop_jpeg(image, window, 3, dct_method=_DCT)
 
     def crop_other():
-      decoded = _decode(content, 3)
+      decoded = _decode(image, 3) if image.dtype == tf.string else image
       window = _sample_crop(tf.shape(decoded)[:2], seed, *bounds)
       top, left, height, width = tf.unstack(window)
       return decoded[top : top + height, left : left + width]
 
-    crop = tf.cond(tf.io.is_jpeg(content), crop_jpeg, crop_other)
+    if image.dtype == tf.string:
+      crop = tf.cond(tf.io.is_jpeg(image), crop_jpeg, crop_other)
+    else:
+      crop = crop_other()
     crop = tf.ensure_shape(crop, [None, None, 3])
     return (
       crop if size is None else _resize(crop, size, resize_method, antialias)

@@ -92,7 +92,7 @@ _apply = jit(_run, static_argnums=(0, 1))
 
 def apply(model, params, images, rng=None, **kwargs):
   """`model.apply`, compiled."""
-  rngs = None if rng is None else {"dropout": jax.random.key(rng)}
+  rngs = None if rng is None else {"dropout": jax.random.key(rng, impl="rbg")}
   return _apply(model, tuple(kwargs.items()), params, images, rngs)
 
 
@@ -108,7 +108,7 @@ def _gradients(model, kwargs, params, images, labels, rngs):
 
 def gradients(model, params, images, labels, rng=None, **kwargs):
   """`out`, with `logits` in it, and gradients by parameters and images."""
-  rngs = None if rng is None else {"dropout": jax.random.key(rng)}
+  rngs = None if rng is None else {"dropout": jax.random.key(rng, impl="rbg")}
   return _gradients(model, tuple(kwargs.items()), params, images, labels, rngs)
 
 

@@ -1,8 +1,10 @@
 """Tests of lookup_vit.models.layers, and of what both models owe to it."""
 
+import collections
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -172,10 +174,10 @@ POLICIES = [
   "dots_saveable",
   "dots_with_no_batch_dims_saveable",
 ]
-LAYOUTS = [(kind, True, "none") for kind in KINDS] + [
-  (kind, i % 2 == j, policy)
-  for i, policy in enumerate(POLICIES)
-  for j, kind in enumerate(KINDS)
+LAYOUTS = [
+  *((kind, True, "none") for kind in KINDS),
+  *(("lookup_vit", i % 2 == 0, policy) for i, policy in enumerate(POLICIES)),
+  ("vit", False, "nothing_saveable"),
 ]
 
 
@@ -202,20 +204,22 @@ def test_remat_computes_twice(exact, kind, scan):
   if scan:
     params = layers.stack_blocks(params)
 
-  def count(policy, name):
+  def count(policy):
+    """How many equations of each kind the backward pass has."""
     model = make(kind, scan=scan, remat_policy=policy)
 
     def loss(params):
-      return common.loss_of(
-        *reversed(model.apply({"params": params}, images)), labels
-      )
+      logits, out = model.apply({"params": params}, images)
+      return common.loss_of(out, logits, labels)
 
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(params)
-    return sum(e.primitive.name == name for e in equations(jaxpr.jaxpr))
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
+    return collections.Counter(e.primitive.name for e in equations(jaxpr))
 
-  assert count("nothing_saveable", "tanh") == 2 * count("none", "tanh")
-  assert count("everything_saveable", "tanh") == count("none", "tanh")
-  dots = {p: count(p, "dot_general") for p in ("none", *POLICIES)}
+  counts = {policy: count(policy) for policy in ("none", *POLICIES)}
+  tanh = {k: v["tanh"] for k, v in counts.items()}
+  assert tanh["nothing_saveable"] == 2 * tanh["none"]
+  assert tanh["everything_saveable"] == tanh["none"]
+  dots = {k: v["dot_general"] for k, v in counts.items()}
   assert dots["dots_saveable"] == dots["everything_saveable"] == dots["none"]
   assert dots["nothing_saveable"] > dots["dots_with_no_batch_dims_saveable"]
   assert dots["dots_with_no_batch_dims_saveable"] > dots["none"]
@@ -224,7 +228,7 @@ def test_remat_computes_twice(exact, kind, scan):
 def equations(jaxpr):
   """All equations of a jaxpr, those of inner jaxprs too."""
   for e in jaxpr.eqns:
-    inner = list(jax.core.jaxprs_in_params(e.params))
+    inner = list(jax.extend.core.jaxprs_in_params(e.params))
     for j in inner:
       yield from equations(j)
     if not inner:
@@ -326,9 +330,8 @@ def test_rates_are_off_in_evaluation(exact, kind):
   plain, _ = common.apply(make(kind), params, images)
   model = make(kind, **RATES)
   # Without random numbers at hand.
-  for kwargs in ({}, dict(train=False)):
-    logits, _ = common.apply(model, params, images, **kwargs)
-    np.testing.assert_array_equal(logits, plain)
+  logits, _ = common.apply(model, params, images)
+  np.testing.assert_array_equal(logits, plain)
   # Nor does training need them where all rates are zero.
   logits, _ = common.apply(make(kind), params, images, train=True)
   np.testing.assert_array_equal(logits, plain)
@@ -338,25 +341,23 @@ def test_rates_are_off_in_evaluation(exact, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_rate_acts_and_follows_the_rng(exact, kind, rate):
   images, _, params, *_ = exact(kind)
-  plain, _ = common.apply(make(kind), params, images)
+  images = np.repeat(images[:1], 16, axis=0)
   model = make(kind, **{rate: 0.4})
   run = functools.partial(common.apply, model, params, images, train=True)
-  (a, _), (b, _), (c, _) = run(rng=1), run(rng=1), run(rng=2)
-  np.testing.assert_array_equal(a, b)
-  for x, y in ((a, c), (a, plain), (c, plain)):
-    assert np.abs(x - y).max() > 1e-3
+  (a, _), (b, _), (c, _) = run(rng=1), run(rng=2), run(rng=1)
+  np.testing.assert_array_equal(a, c)
+  assert np.abs(a - b).max() > 1e-3
   # The mask is drawn for each example.
-  same = np.repeat(images[:1], 16, axis=0)
-  logits, _ = common.apply(model, params, same, rng=3, train=True)
-  assert np.asarray(logits).std(0).min() > 1e-3
+  assert np.asarray(a).std(0).min() > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_remat_repeats_the_same_masks(exact, kind):
   images, labels, params, *_ = exact(kind)
+  params = {k: v for k, v in params.items() if k != "encoderblock_1"}
   results = []
   for policy in ("none", "nothing_saveable"):
-    model = make(kind, remat_policy=policy, **RATES)
+    model = make(kind, depth=1, remat_policy=policy, **RATES)
     results.append(
       common.gradients(model, params, images, labels, rng=5, train=True)
     )
