@@ -16,7 +16,7 @@ from absl import flags
 from lookup_vit import config_utils
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402: after the backend is chosen.
+import matplotlib.pyplot as plt  # noqa: E402
 
 FLAGS = flags.FLAGS
 

@@ -9,15 +9,15 @@ import matplotlib
 import numpy as np
 
 from lookup_vit import config_utils
-from lookup_vit.models import layers
+from lookup_vit.models import tokens
 from lookup_vit.train_step import Program
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402: after the backend is chosen.
+import matplotlib.pyplot as plt  # noqa: E402
 
 
 def attention(
-  program: Program, params: Any, images: np.ndarray, grid: layers.Grid
+  program: Program, params: Any, images: np.ndarray, grid: tokens.Grid
 ) -> np.ndarray:
   """MHBC attention of the last block, averaged over heads.
 
@@ -33,7 +33,7 @@ def attention(
     return jnp.mean(out["attention"][-1], axis=1)
 
   maps = np.asarray(forward(params, images))
-  lookup_grid = layers.lookup_grid(images.shape[1:-1], program.model.patch_size)
+  lookup_grid = tokens.lookup_grid(images.shape[1:-1], program.model.patch_size)
   return maps.reshape(*maps.shape[:2], *lookup_grid)
 
 
@@ -42,7 +42,7 @@ def write(
   program: Program,
   params: Any,
   images: np.ndarray,
-  grid: layers.Grid,
+  grid: tokens.Grid,
 ) -> None:
   """Draws a row for each image: the input, then every compressed token's map.
 

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from lookup_vit import config_utils, train_step
-from lookup_vit.models import layers
+from lookup_vit.models import tokens
 
 FLAGS = flags.FLAGS
 
@@ -66,7 +66,7 @@ def multiply_adds(
   (7 + 2p) M) D^2 + (3NM + 2M^2) D`. Added are the patch embedding and the
   classifiers; resizing of grids, norms and mean pooling are left out.
   """
-  lookup_grid = layers.lookup_grid(image_size, model.patch_size)
+  lookup_grid = tokens.lookup_grid(image_size, model.patch_size)
   n, d = math.prod(lookup_grid), model.width
   classes = model.num_classes or 0
   stem = n * math.prod(model.patch_size) * 3 * d

@@ -1,14 +1,8 @@
-"""What ViT and LookupViT share: tokens over a grid of any rank, and blocks.
-
-Tokens are `[batch, tokens, width]`, flattened in row-major order from a grid:
-`(rows, columns)` for images, `(time, rows, columns)` for video.
-"""
+"""The layers that ViT and LookupViT share, and how blocks are repeated."""
 
 import dataclasses
-import difflib
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,21 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-Grid = tuple[int, ...]
-
-# Width, depth, MLP width and heads as in big_vision's models/vit.py; sources:
-# ViT (arXiv:2010.11929), DeiT (Ti, S), Scaling ViT (arXiv:2106.04560: g).
-_VARIANTS = {
-  "mu": (32, 1, 128, 2),
-  "Ti": (192, 12, 768, 3),
-  "S": (384, 12, 1536, 6),
-  "M": (512, 12, 2048, 8),
-  "B": (768, 12, 3072, 12),
-  "L": (1024, 24, 4096, 16),
-  "H": (1280, 32, 5120, 16),
-  "g": (1408, 40, 6144, 16),
-}
-
 CAPTURES = ("tokens", "attention", "attention_logit_max")
 _REMAT_POLICIES = (
   "nothing_saveable",
@@ -39,67 +18,6 @@ _REMAT_POLICIES = (
   "dots_saveable",
   "dots_with_no_batch_dims_saveable",
 )
-
-
-def decode_variant(variant: str) -> dict[str, Any]:
-  """Turns `"B/16"` or `"B/2x16"` into model fields.
-
-  Args:
-    variant: size, slash, patch. `16` is a 16x16 patch of an image, `2x16` a
-      tubelet of 2 frames by 16x16, `2x14x16` a patch given axis by axis.
-
-  Returns:
-    `width`, `depth`, `num_heads`, `mlp_ratio` (MLP width over width) and
-    `patch_size`, a tuple with an entry for each axis of the input.
-
-  Raises:
-    ValueError: the size is not known or the patch cannot be read.
-  """
-  match = re.fullmatch(r"(\w+)/(\d+(?:x\d+){0,2})", variant)
-  if not match or match[1] not in _VARIANTS:
-    raise ValueError(
-      f"Unknown variant {variant!r}: want SIZE/PATCH such as 'B/16' for images "
-      f"or 'B/2x16' for video, SIZE one of {', '.join(_VARIANTS)}."
-    )
-  patch = tuple(int(p) for p in match[2].split("x"))
-  if 0 in patch:
-    raise ValueError(f"Variant {variant!r} has a patch of size zero.")
-  if len(patch) < 3:
-    patch = (*patch, patch[-1])
-  width, depth, mlp_dim, num_heads = _VARIANTS[match[1]]
-  return dict(
-    width=width,
-    depth=depth,
-    num_heads=num_heads,
-    mlp_ratio=mlp_dim / width,
-    patch_size=patch,
-  )
-
-
-def build(
-  cls: type[nn.Module],
-  num_classes: int | None,
-  variant: str,
-  fields: Mapping[str, Any],
-) -> nn.Module:
-  """Makes a model from a variant and the fields that override it.
-
-  Raises:
-    ValueError: a field the model does not have, or the variant is unknown.
-  """
-  known = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
-  for name in fields:
-    if name not in known:
-      close = difflib.get_close_matches(name, known, 1)
-      hint = f" Did you mean {close[0]!r}?" if close else ""
-      raise ValueError(
-        f"{cls.__name__} has no field {name!r}.{hint} Its fields: "
-        f"{', '.join(sorted(known))}."
-      )
-  fields = {
-    k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
-  }
-  return cls(num_classes=num_classes, **{**decode_variant(variant), **fields})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,94 +293,6 @@ def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
     for i in range(len(jax.tree.leaves(stacked)[0])):
       params[f"encoderblock_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
   return params
-
-
-def sincos_positions(
-  grid: Grid, width: int, temperature: float = 10_000.0
-) -> np.ndarray:
-  """Fixed sine-cosine positions, as MoCo v3 (arXiv:2104.02057) has in 2-D.
-
-  Each axis takes an equal, even share of the channels, the last axis first;
-  what an even share leaves over is zero.
-
-  Returns:
-    Array `[*grid, width]`, float32.
-  """
-  count = width // (2 * len(grid))
-  if count < 2:
-    raise ValueError(
-      f"sincos positions of rank {len(grid)} need a width of at least "
-      f"{4 * len(grid)}, not {width}."
-    )
-  omega = temperature ** (-np.arange(count) / (count - 1))
-  parts = []
-  for axis in reversed(np.indices(grid)):
-    angle = axis[..., None] * omega
-    parts += [np.sin(angle), np.cos(angle)]
-  table = np.concatenate(parts, axis=-1)
-  pad = [(0, 0)] * len(grid) + [(0, width - table.shape[-1])]
-  return np.pad(table, pad).astype(np.float32)
-
-
-def resize_grid(
-  tokens: Float[Array, "b n D"], source: Grid, target: Grid
-) -> Float[Array, "b m D"]:
-  """`T(x, g)`: resizes a grid of tokens, linearly in each axis, antialiased."""
-  if source == target:
-    return tokens
-  batch, _, width = tokens.shape
-  x = tokens.reshape(batch, *source, width)
-  x = jax.image.resize(x, (batch, *target, width), "linear")
-  return x.reshape(batch, math.prod(target), width)
-
-
-def lookup_grid(image_size: Sequence[int], patch_size: Grid) -> Grid:
-  """The grid of patches of an image or video, `[*space-time]` in pixels.
-
-  Raises:
-    ValueError: the ranks differ, or the patch does not divide the image.
-  """
-  if len(image_size) != len(patch_size):
-    kind = "an image (rows, columns)"
-    if len(patch_size) == 3:
-      kind = "a video (time, rows, columns)"
-    raise ValueError(
-      f"The patch {patch_size} wants {kind} in a batch with 3 channels last, "
-      f"got an input of size {tuple(image_size)}."
-    )
-  for size, patch in zip(image_size, patch_size, strict=True):
-    if size % patch or not size:
-      raise ValueError(
-        f"The patch {patch_size} does not divide the input {tuple(image_size)}."
-        " Choose an image size that is a multiple of the patch."
-      )
-  return tuple(s // p for s, p in zip(image_size, patch_size, strict=True))
-
-
-def tokenise(
-  images: Float[Array, "b *space c"], width: int, patch_size: Grid, dtype: Any
-) -> tuple[Float[Array, "b n D"], Grid]:
-  """Patch embedding, from inside a compact module; returns tokens and grid."""
-  grid = lookup_grid(images.shape[1:-1], patch_size)
-  embed = nn.Conv(
-    width, patch_size, patch_size, "VALID", dtype=dtype, name="embedding"
-  )
-  x = embed(images)
-  return x.reshape(x.shape[0], -1, width), grid
-
-
-def positions(
-  module: nn.Module, kind: str, grid: Grid, width: int
-) -> Float[Array, "1 n D"]:
-  """The position grid, flattened: learned (`pos_embedding`) or sin-cos."""
-  if kind == "learned":
-    init = nn.initializers.normal(stddev=1 / math.sqrt(width))
-    table = module.param("pos_embedding", init, (*grid, width))
-  elif kind == "sincos":
-    table = jnp.asarray(sincos_positions(grid, width))
-  else:
-    raise ValueError(f"positions={kind!r}: want 'learned' or 'sincos'.")
-  return table.reshape(1, -1, width)
 
 
 def head(num_classes: int, bias: float, name: str) -> Callable[[Array], Array]:

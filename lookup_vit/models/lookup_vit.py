@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lookup_vit.models import layers
+from lookup_vit.models import layers, tokens, variants
 from lookup_vit.models.mhbc import MHBC
 
 
@@ -31,13 +31,13 @@ class LookupBlock(nn.Module):
   @nn.compact
   def __call__(
     self,
-    tokens: tuple[Float[Array, "b m D"], Float[Array, "b n D"]],
+    pair: tuple[Float[Array, "b m D"], Float[Array, "b n D"]],
     drop_rate: Float[Array, ""],
   ) -> tuple[
     tuple[Float[Array, "b m D"], Float[Array, "b n D"]], dict[str, Array]
   ]:
     cfg = self.cfg
-    compressed, lookup = tokens
+    compressed, lookup = pair
     mhbc_cfg = dataclasses.replace(cfg, num_heads=self.mhbc_heads)
     mhbc = MHBC(mhbc_cfg, compressed.shape[-1], self.reuse, name="mhbc")
 
@@ -96,8 +96,8 @@ class LookupViT(nn.Module):
   depth: int
   num_heads: int
   mlp_ratio: float
-  patch_size: layers.Grid
-  grid: layers.Grid = (5, 5)
+  patch_size: tokens.Grid
+  grid: tokens.Grid = (5, 5)
   reuse: str = "weights"  # or "logits", "none": see mhbc.py
   lookup_mlp_ratio: float = 0.5
   mhbc_heads: int | None = None  # as num_heads
@@ -118,7 +118,7 @@ class LookupViT(nn.Module):
     self,
     images: Float[Array, "b *space 3"],
     *,
-    grid: layers.Grid | None = None,
+    grid: tokens.Grid | None = None,
     train: bool = False,
     capture: tuple[str, ...] = (),
   ) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
@@ -136,14 +136,14 @@ class LookupViT(nn.Module):
       train=train,
       capture=capture,
     )
-    lookup, lookup_grid = layers.tokenise(
+    lookup, lookup_grid = tokens.tokenise(
       images, self.width, self.patch_size, dtype
     )
-    grid = check_grid(self.grid if grid is None else grid, lookup_grid)
-    pos = layers.positions(self, self.positions, lookup_grid, self.width)
+    grid = tokens.check_grid(self.grid if grid is None else grid, lookup_grid)
+    pos = tokens.positions(self, self.positions, lookup_grid, self.width)
     pos = pos.astype(dtype)
-    compressed = layers.resize_grid(lookup, lookup_grid, grid)
-    compressed = compressed + layers.resize_grid(pos, lookup_grid, grid)
+    compressed = tokens.resize_grid(lookup, lookup_grid, grid)
+    compressed = compressed + tokens.resize_grid(pos, lookup_grid, grid)
     compressed = layers.dropout(cfg, compressed)
     lookup = layers.dropout(cfg, lookup + pos)
 
@@ -182,25 +182,6 @@ class LookupViT(nn.Module):
     return (out["logits_compressed"] + out["logits_lookup"]) / 2, out
 
 
-def check_grid(grid: layers.Grid, lookup_grid: layers.Grid) -> layers.Grid:
-  """The compressed grid as a tuple.
-
-  Raises:
-    ValueError: its rank is not that of the lookup grid, or it is larger along
-      some axis, or not positive.
-  """
-  grid = tuple(grid)
-  if len(grid) != len(lookup_grid) or not all(
-    0 < g <= n for g, n in zip(grid, lookup_grid, strict=True)
-  ):
-    raise ValueError(
-      f"The compressed grid {grid} does not fit the lookup grid {lookup_grid}: "
-      "want as many axes, each between 1 and that of the lookup grid (image "
-      "size over patch size)."
-    )
-  return grid
-
-
 def Model(  # noqa: N802
   num_classes: int | None, variant: str = "B/16", **fields: Any
 ) -> LookupViT:
@@ -208,10 +189,10 @@ def Model(  # noqa: N802
 
   Args:
     num_classes: size of each classifier; None for none.
-    variant: size and patch, see `layers.decode_variant`.
+    variant: size and patch, see `variants.decode_variant`.
     **fields: fields of `LookupViT`, over those of the variant.
 
   Raises:
     ValueError: unknown variant or field.
   """
-  return layers.build(LookupViT, num_classes, variant, fields)
+  return variants.build(LookupViT, num_classes, variant, fields)

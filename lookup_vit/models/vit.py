@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lookup_vit.models import layers
+from lookup_vit.models import layers, tokens, variants
 
 
 class MapHead(nn.Module):
@@ -56,7 +56,7 @@ class ViT(nn.Module):
   depth: int
   num_heads: int
   mlp_ratio: float
-  patch_size: layers.Grid
+  patch_size: tokens.Grid
   pool: str = "gap"  # "gap": mean, "map": attention, "tok": class token
   positions: str = "learned"  # or "sincos"
   qk_norm: bool = False
@@ -94,8 +94,8 @@ class ViT(nn.Module):
       train=train,
       capture=capture,
     )
-    x, grid = layers.tokenise(images, self.width, self.patch_size, dtype)
-    pos = layers.positions(self, self.positions, grid, self.width)
+    x, grid = tokens.tokenise(images, self.width, self.patch_size, dtype)
+    pos = tokens.positions(self, self.positions, grid, self.width)
     x = x + pos.astype(dtype)
     if self.pool == "tok":
       zeros = nn.initializers.zeros
@@ -133,10 +133,10 @@ def Model(num_classes: int | None, variant: str = "B/16", **fields: Any) -> ViT:
 
   Args:
     num_classes: size of the classifier; None for none.
-    variant: size and patch, see `layers.decode_variant`.
+    variant: size and patch, see `variants.decode_variant`.
     **fields: fields of `ViT`, over those of the variant.
 
   Raises:
     ValueError: unknown variant or field.
   """
-  return layers.build(ViT, num_classes, variant, fields)
+  return variants.build(ViT, num_classes, variant, fields)

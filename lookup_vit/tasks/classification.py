@@ -88,7 +88,7 @@ class Task:
     logits: Float[Array, "b classes"],
     out: dict[str, Any],
     batch: dict[str, Any],
-  ) -> tuple[dict[str, Float[Array, "b"]], Float[Array, "b"]]:
+  ) -> tuple[dict[str, Float[Array, " b"]], Float[Array, " b"]]:
     """Loss, top-1 and top-5 of each example, of every head, and its weight.
 
     With several right classes, any of them counts (as ImageNet-ReaL does); an

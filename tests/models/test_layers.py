@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookup_vit.models import layers, lookup_vit, vit
+from lookup_vit.models import layers, lookup_vit, tokens, variants, vit
 from tests.models import common, reference
 
 CAPTURE = ("tokens", "attention", "attention_logit_max")
@@ -69,7 +69,7 @@ def test_variants(kind, size):
   ],
 )
 def test_patch_of_a_variant(variant, patch):
-  assert layers.decode_variant(variant)["patch_size"] == patch
+  assert variants.decode_variant(variant)["patch_size"] == patch
   for module in (vit, lookup_vit):
     assert module.Model(10, variant).patch_size == patch
 
@@ -120,16 +120,16 @@ def test_refuses_an_unknown_field(module):
 )
 def test_resize(source, target):
   x = np.random.default_rng(0).standard_normal((2, np.prod(source), 3))
-  got = layers.resize_grid(jnp.float32(x), source, target)
+  got = tokens.resize_grid(jnp.float32(x), source, target)
   common.check_outputs(dict(x=got), dict(x=reference.resize(x, source, target)))
 
 
 def test_resize_to_one_token_is_a_weighted_mean():
   """Of a constant, the constant; and every token takes part."""
   np.testing.assert_allclose(
-    layers.resize_grid(jnp.full((1, 35, 2), 3.0), (7, 5), (1, 1)), 3, rtol=1e-6
+    tokens.resize_grid(jnp.full((1, 35, 2), 3.0), (7, 5), (1, 1)), 3, rtol=1e-6
   )
-  weights = jax.grad(lambda x: layers.resize_grid(x, (7, 5), (1, 1))[0, 0, 0])(
+  weights = jax.grad(lambda x: tokens.resize_grid(x, (7, 5), (1, 1))[0, 0, 0])(
     jnp.zeros((1, 35, 1))
   )
   assert np.all(np.asarray(weights) > 0)
@@ -139,7 +139,7 @@ def test_resize_to_one_token_is_a_weighted_mean():
   "grid, width", [((5,), 7), ((3, 4), 24), ((3, 4), 26), ((2, 3, 4), 20)]
 )
 def test_sincos(grid, width):
-  got = layers.sincos_positions(grid, width)
+  got = tokens.sincos_positions(grid, width)
   assert got.shape == (*grid, width) and got.dtype == np.float32
   np.testing.assert_allclose(
     got.reshape(-1, width), reference.sincos(grid, width), atol=1e-6

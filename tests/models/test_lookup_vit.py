@@ -36,7 +36,7 @@ CASES = {
   ),
   "weights, video": (
     (8, 12, 20),
-    (2, 3, 1),
+    (3, 1, 4),
     dict(variant="Ti/2x4", width=26, num_heads=2, positions="sincos"),
   ),
   "weights, sequence": ((27,), (4,), dict(depth=1, patch_size=(3,))),

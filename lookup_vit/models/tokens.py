@@ -1,0 +1,124 @@
+"""Tokens over a grid of any rank: embedding, positions, resizing.
+
+Tokens are `[batch, tokens, width]`, flattened in row-major order from a grid:
+`(rows, columns)` for images, `(time, rows, columns)` for video.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Grid = tuple[int, ...]
+
+
+def sincos_positions(
+  grid: Grid, width: int, temperature: float = 10_000.0
+) -> np.ndarray:
+  """Fixed sine-cosine positions, as MoCo v3 (arXiv:2104.02057) has in 2-D.
+
+  Each axis takes an equal, even share of the channels, the last axis first;
+  what an even share leaves over is zero.
+
+  Returns:
+    Array `[*grid, width]`, float32.
+  """
+  count = width // (2 * len(grid))
+  if count < 2:
+    raise ValueError(
+      f"sincos positions of rank {len(grid)} need a width of at least "
+      f"{4 * len(grid)}, not {width}."
+    )
+  omega = temperature ** (-np.arange(count) / (count - 1))
+  parts = []
+  for axis in reversed(np.indices(grid)):
+    angle = axis[..., None] * omega
+    parts += [np.sin(angle), np.cos(angle)]
+  table = np.concatenate(parts, axis=-1)
+  pad = [(0, 0)] * len(grid) + [(0, width - table.shape[-1])]
+  return np.pad(table, pad).astype(np.float32)
+
+
+def resize_grid(
+  tokens: Float[Array, "b n D"], source: Grid, target: Grid
+) -> Float[Array, "b m D"]:
+  """`T(x, g)`: resizes a grid of tokens, linearly in each axis, antialiased."""
+  if source == target:
+    return tokens
+  batch, _, width = tokens.shape
+  x = tokens.reshape(batch, *source, width)
+  x = jax.image.resize(x, (batch, *target, width), "linear")
+  return x.reshape(batch, math.prod(target), width)
+
+
+def lookup_grid(image_size: Sequence[int], patch_size: Grid) -> Grid:
+  """The grid of patches of an image or video, `[*space-time]` in pixels.
+
+  Raises:
+    ValueError: the ranks differ, or the patch does not divide the image.
+  """
+  if len(image_size) != len(patch_size):
+    kind = "an image (rows, columns)"
+    if len(patch_size) == 3:
+      kind = "a video (time, rows, columns)"
+    raise ValueError(
+      f"The patch {patch_size} wants {kind} in a batch with 3 channels last, "
+      f"got an input of size {tuple(image_size)}."
+    )
+  for size, patch in zip(image_size, patch_size, strict=True):
+    if size % patch or not size:
+      raise ValueError(
+        f"The patch {patch_size} does not divide the input {tuple(image_size)}."
+        " Choose an image size that is a multiple of the patch."
+      )
+  return tuple(s // p for s, p in zip(image_size, patch_size, strict=True))
+
+
+def tokenise(
+  images: Float[Array, "b *space c"], width: int, patch_size: Grid, dtype: Any
+) -> tuple[Float[Array, "b n D"], Grid]:
+  """Patch embedding, from inside a compact module; returns tokens and grid."""
+  grid = lookup_grid(images.shape[1:-1], patch_size)
+  embed = nn.Conv(
+    width, patch_size, patch_size, "VALID", dtype=dtype, name="embedding"
+  )
+  x = embed(images)
+  return x.reshape(x.shape[0], -1, width), grid
+
+
+def positions(
+  module: nn.Module, kind: str, grid: Grid, width: int
+) -> Float[Array, "1 n D"]:
+  """The position grid, flattened: learned (`pos_embedding`) or sin-cos."""
+  if kind == "learned":
+    init = nn.initializers.normal(stddev=1 / math.sqrt(width))
+    table = module.param("pos_embedding", init, (*grid, width))
+  elif kind == "sincos":
+    table = jnp.asarray(sincos_positions(grid, width))
+  else:
+    raise ValueError(f"positions={kind!r}: want 'learned' or 'sincos'.")
+  return table.reshape(1, -1, width)
+
+
+def check_grid(grid: Grid, lookup_grid: Grid) -> Grid:
+  """The compressed grid as a tuple.
+
+  Raises:
+    ValueError: its rank is not that of the lookup grid, or it is larger along
+      some axis, or not positive.
+  """
+  grid = tuple(grid)
+  if len(grid) != len(lookup_grid) or not all(
+    0 < g <= n for g, n in zip(grid, lookup_grid, strict=True)
+  ):
+    raise ValueError(
+      f"The compressed grid {grid} does not fit the lookup grid {lookup_grid}: "
+      "want as many axes, each between 1 and that of the lookup grid (image "
+      "size over patch size)."
+    )
+  return grid

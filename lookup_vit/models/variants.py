@@ -1,0 +1,83 @@
+"""From `"B/16"` and fields to a model."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+# Width, depth, MLP width and heads as in big_vision's models/vit.py; sources:
+# ViT (arXiv:2010.11929), DeiT (Ti, S), Scaling ViT (arXiv:2106.04560: g).
+_VARIANTS = {
+  "mu": (32, 1, 128, 2),
+  "Ti": (192, 12, 768, 3),
+  "S": (384, 12, 1536, 6),
+  "M": (512, 12, 2048, 8),
+  "B": (768, 12, 3072, 12),
+  "L": (1024, 24, 4096, 16),
+  "H": (1280, 32, 5120, 16),
+  "g": (1408, 40, 6144, 16),
+}
+
+
+def decode_variant(variant: str) -> dict[str, Any]:
+  """Turns `"B/16"` or `"B/2x16"` into model fields.
+
+  Args:
+    variant: size, slash, patch. `16` is a 16x16 patch of an image, `2x16` a
+      tubelet of 2 frames by 16x16, `2x14x16` a patch given axis by axis.
+
+  Returns:
+    `width`, `depth`, `num_heads`, `mlp_ratio` (MLP width over width) and
+    `patch_size`, a tuple with an entry for each axis of the input.
+
+  Raises:
+    ValueError: the size is not known or the patch cannot be read.
+  """
+  match = re.fullmatch(r"(\w+)/(\d+(?:x\d+){0,2})", variant)
+  if not match or match[1] not in _VARIANTS:
+    raise ValueError(
+      f"Unknown variant {variant!r}: want SIZE/PATCH such as 'B/16' for images "
+      f"or 'B/2x16' for video, SIZE one of {', '.join(_VARIANTS)}."
+    )
+  patch = tuple(int(p) for p in match[2].split("x"))
+  if 0 in patch:
+    raise ValueError(f"Variant {variant!r} has a patch of size zero.")
+  if len(patch) < 3:
+    patch = (*patch, patch[-1])
+  width, depth, mlp_dim, num_heads = _VARIANTS[match[1]]
+  return dict(
+    width=width,
+    depth=depth,
+    num_heads=num_heads,
+    mlp_ratio=mlp_dim / width,
+    patch_size=patch,
+  )
+
+
+def build(
+  cls: type[nn.Module],
+  num_classes: int | None,
+  variant: str,
+  fields: Mapping[str, Any],
+) -> nn.Module:
+  """Makes a model from a variant and the fields that override it.
+
+  Raises:
+    ValueError: a field the model does not have, or the variant is unknown.
+  """
+  known = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
+  for name in fields:
+    if name not in known:
+      close = difflib.get_close_matches(name, known, 1)
+      hint = f" Did you mean {close[0]!r}?" if close else ""
+      raise ValueError(
+        f"{cls.__name__} has no field {name!r}.{hint} Its fields: "
+        f"{', '.join(sorted(known))}."
+      )
+  fields = {
+    k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
+  }
+  return cls(num_classes=num_classes, **{**decode_variant(variant), **fields})

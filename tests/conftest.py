@@ -1,0 +1,23 @@
+"""What all tests share: data and compiled functions of their own.
+
+Set before anything is imported, and inherited by the programs that tests start.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+_FOLDER = tempfile.mkdtemp(prefix="lookup_vit_tests_")
+atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
+
+# No test may find, or leave, a data set in the user's directory.
+os.environ["TFDS_DATA_DIR"] = os.path.join(_FOLDER, "tensorflow_datasets")
+# Many tests start the same small programs: they are compiled once.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_FOLDER, "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PLATFORMS"] = "cpu"
+# LLVM's optimisations take longer than the tiny programs gain from them.
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+)

@@ -1,0 +1,36 @@
+"""A run of seconds that has everything in it, for the whole-program tests."""
+
+import json
+import os
+
+from lookup_vit import config_utils
+
+
+def config(**fields):
+  """A small multi-resolution LookupViT on the digits.
+
+  Args:
+    **fields: values to set, with `__` for the dot: `model__depth=2`.
+  """
+  c = config_utils.load("configs/digits_lookup.py:runlocal")
+  c.unlock()
+  c.input.data = dict(module="data.digits", split="train[:100]")
+  c.input.batch_size = 12
+  c.model = dict(variant="mu/8", depth=2, grid=(2, 2), dropout=0.1)
+  c.grids = [(2, 2), (1, 3)]
+  c.total_steps = 12
+  c.ckpt_steps = 4
+  c.log_training_steps = 1
+  for name, value in fields.items():
+    *parents, last = name.split("__")
+    target = c
+    for parent in parents:
+      target = target[parent]
+    target[last] = value
+  return c
+
+
+def results(workdir):
+  """The rows of `results.json`."""
+  with open(os.path.join(workdir, "results.json")) as f:
+    return json.load(f)

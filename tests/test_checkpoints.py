@@ -1,0 +1,178 @@
+"""Checkpoints: exact, checked, and a start for other models."""
+
+import os
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lookup_vit import checkpoints, config_utils, train, train_step
+from lookup_vit.models import layers
+from tests import small
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  workdir = str(tmp_path_factory.mktemp("run"))
+  config = small.config(evals={}, ckpt_keep=3)
+  return config, workdir, train.train_and_evaluate(config, workdir)
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+  config, workdir, state = run
+  target = str(tmp_path / "copy")
+  shutil.copytree(workdir, target)
+  return config, target, state
+
+
+def _largest_file(folder):
+  files = [
+    os.path.join(root, name)
+    for root, _, names in os.walk(folder)
+    for name in names
+  ]
+  return max(files, key=os.path.getsize)
+
+
+def _flip(path):
+  with open(path, "r+b") as f:
+    content = bytearray(f.read())
+    content[len(content) // 2] ^= 0x10
+    f.seek(0)
+    f.write(content)
+
+
+def _truncate(path):
+  with open(path, "r+b") as f:
+    f.truncate(os.path.getsize(path) // 2)
+
+
+@pytest.mark.parametrize("damage", [_flip, _truncate, os.remove])
+@pytest.mark.parametrize("item", ["params", "opt_state"])
+def test_damage_is_noticed_and_the_offer_works(copy, damage, item):
+  config, workdir, state = copy
+  damage(_largest_file(os.path.join(workdir, "checkpoints", "12", item)))
+  with pytest.raises(checkpoints.DamagedCheckpointError) as e:
+    train.train_and_evaluate(config, workdir)
+  message = str(e.value)
+  assert os.path.join("checkpoints", "12") in message
+  assert "step 8" in message
+  # The command that it offers.
+  source, target = re.search(r"mv (\S+) (\S+)$", message).groups()
+  shutil.move(source, target)
+  again = train.train_and_evaluate(config, workdir)
+  jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_damage_of_the_only_checkpoint(copy):
+  _, workdir, _ = copy
+  for step in (4, 8):
+    shutil.rmtree(os.path.join(workdir, "checkpoints", str(step)))
+  _flip(_largest_file(os.path.join(workdir, "checkpoints", "12", "params")))
+  with pytest.raises(checkpoints.DamagedCheckpointError, match="no earlier"):
+    checkpoints.load_params(workdir)
+
+
+def test_a_save_that_was_killed_does_not_count(copy):
+  _, workdir, _ = copy
+  folder = os.path.join(workdir, "checkpoints")
+  shutil.copytree(
+    os.path.join(folder, "12"),
+    os.path.join(folder, "16.orbax-checkpoint-tmp"),
+  )
+  assert checkpoints.load_params(workdir)[1] == 12
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool"])
+def test_checksum_sees_any_single_change(dtype):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.integers(0, 2, (3, 5, 7))).astype(dtype)
+  before = checkpoints._checksums([x])[0]
+  seen = set()
+  for place in np.ndindex(x.shape):
+    changed = x.at[place].set(1 - x[place])
+    seen.add(int(checkpoints._checksums([changed])[0]))
+  assert int(before) not in seen
+  assert len(seen) > 0.99 * x.size
+  # Also two elements exchanged.
+  y = jnp.asarray(rng.normal(size=(4, 6)).astype(np.float32))
+  swapped = y.at[0, 0].set(y[3, 5]).at[3, 5].set(y[0, 0])
+  assert checkpoints._checksums([y]) != checkpoints._checksums([swapped])
+
+
+def test_missing_things_are_named(tmp_path, run):
+  with pytest.raises(ValueError, match=r"no config\.json"):
+    checkpoints.load_params(str(tmp_path))
+  with pytest.raises(ValueError, match=r"no checkpoint 5, only \[4, 8, 12\]"):
+    checkpoints.load_params(run[1], 5)
+  config = config_utils.resolve(small.config())
+  checkpoints.write_config(str(tmp_path), config)
+  with pytest.raises(ValueError, match="has no checkpoint"):
+    checkpoints.load_params(str(tmp_path))
+
+
+def _fresh(**fields):
+  config = small.config(evals={}, grids=None, **fields)
+  return train_step.Program(config_utils.resolve(config), 12)
+
+
+def test_init_from_other_layout_classes_and_grid(run, caplog):
+  _, workdir, state = run
+  program = _fresh(model__scan=True, num_classes=3, input__image_size=(64, 48))
+  fresh = program.init_state().params
+  checkpoints.log.propagate = True
+  with caplog.at_level("INFO"):
+    got = checkpoints.init_from(f"{workdir}:12", fresh, True)
+  want = layers.stack_blocks(jax.tree.map(np.asarray, state.params))
+  jax.tree.map(
+    np.testing.assert_array_equal, got["encoderblock"], want["encoderblock"]
+  )
+  np.testing.assert_array_equal(
+    got["head_lookup"]["kernel"], fresh["head_lookup"]["kernel"]
+  )
+  assert got["pos_embedding"].shape == (8, 6, 32)
+  np.testing.assert_allclose(
+    got["pos_embedding"],
+    jax.image.resize(want["pos_embedding"], (8, 6, 32), "linear"),
+  )
+  assert "head_compressed/kernel" in caplog.text
+  assert "pos_embedding (4, 4, 32) to (8, 6, 32)" in caplog.text
+  # The same classes: the heads come along; and back from scan to loop.
+  loop = _fresh().init_state().params
+  got = checkpoints.init_from(workdir, loop, False)
+  jax.tree.map(np.testing.assert_array_equal, got, state.params)
+
+
+@pytest.mark.parametrize(
+  ("fields", "words"),
+  [
+    (dict(model__width=64), ["embedding/kernel is (8, 8, 3, 32)", "64)"]),
+    (dict(model__depth=3), ["encoderblock_2/", "is missing"]),
+    (dict(model__depth=1), ["encoderblock_1/", "no place in the model"]),
+    (dict(model__reuse="none"), ["mhbc/value_back/kernel"]),
+  ],
+)
+def test_init_from_what_does_not_fit(run, fields, words):
+  fresh = _fresh(**fields).init_state().params
+  with pytest.raises(ValueError, match="config.model_init") as e:
+    checkpoints.init_from(run[1], fresh, False)
+  for word in words:
+    assert word in str(e.value)
+
+
+def test_training_starts_from_model_init(run, tmp_path):
+  _, workdir, state = run
+  config = small.config(
+    evals={}, model_init=workdir, total_steps=1, schedule=dict(warmup_steps=1)
+  )
+  # The first step of a warm-up has a rate of zero: nothing moves.
+  got = train.train_and_evaluate(config, str(tmp_path / "run"))
+  jax.tree.map(np.testing.assert_array_equal, got.params, state.params)
+  bad = small.config(evals={}, model_init=str(tmp_path / "nowhere"))
+  with pytest.raises(ValueError, match=r"config\.model_init=.*nowhere"):
+    train.train_and_evaluate(bad, str(tmp_path / "bad"))
+  assert not os.path.exists(tmp_path / "bad" / "config.json")

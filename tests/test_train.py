@@ -1,0 +1,270 @@
+"""Whole runs: training, what it logs and leaves, and where it must stop."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lookup_vit import (
+  checkpoints,
+  config_utils,
+  evaluate,
+  metric_writer,
+  train,
+  train_step,
+)
+from tests import small
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """An undisturbed run with mixing, a Polyak average and an attention log."""
+  workdir = str(tmp_path_factory.mktemp("run"))
+  config = small.config(
+    ema_decay=0.9,
+    mixup=dict(p=0.5),
+    cutmix=dict(p=1.0),
+    log_attention_logit=True,
+    ckpt_keep=2,
+    ckpt_keep_every=4,
+  )
+  return config, workdir, train.train_and_evaluate(config, workdir)
+
+
+def test_leaves_what_a_person_wants(run):
+  _, workdir, _ = run
+  names = set(os.listdir(workdir))
+  assert {
+    "config.json",
+    "checkpoints",
+    "metrics.jsonl",
+    "results.json",
+    "accuracy_vs_flops.png",
+    "attention_maps.png",
+  } <= names
+  assert any(n.startswith("events.out.tfevents") for n in names)
+  rows = small.results(workdir)
+  assert [r["grid"] for r in rows] == ["2x2", "1x3"]
+  assert rows[0]["gflops"] > rows[1]["gflops"] > 0
+  assert rows[0]["parameters"] == rows[1]["parameters"] > 0
+
+
+def test_logs_every_step(run):
+  config, workdir, _ = run
+  rows = [r for r in metric_writer.read(workdir) if "train/loss" in r]
+  assert [r["step"] for r in rows] == list(range(1, 13))
+  grids = [(2, 2), (1, 3)]
+  for r in rows:
+    heads = (r["train/loss_compressed"] + r["train/loss_lookup"]) / 2
+    np.testing.assert_allclose(r["train/loss"], heads, rtol=1e-5)
+    drawn = train_step.draw_grid(grids, config.seed, r["step"] - 1)
+    assert r["train/grid"] == config_utils.format_grid(drawn)
+    assert r["train/grad_norm"] > 0
+    assert np.isfinite(r["train/attention_logit_max"])
+    assert r["train/images_per_second"] > 0
+  # The rate of the update from step k is that of k: warm-up starts at zero.
+  assert rows[0]["train/lr"] == 0 == rows[0]["train/update_norm"]
+  assert rows[1]["train/lr"] == pytest.approx(config.lr / 2)
+  assert {r["train/grid"] for r in rows} == {"2x2", "1x3"}
+
+
+def test_evaluate_repeats_the_numbers(run):
+  _, workdir, _ = run
+  again = evaluate.evaluate(workdir)
+  assert again == small.results(workdir)
+  with open(os.path.join(workdir, "evaluation_12.json")) as f:
+    assert json.load(f) == again
+  earlier = evaluate.evaluate(workdir, step=4)
+  assert earlier != again
+
+
+def test_keeps_the_checkpoints_asked_for(run):
+  _, workdir, _ = run
+  assert checkpoints.Checkpoints(workdir, read_only=True).steps() == [4, 8, 12]
+
+
+def test_ema_is_the_running_average_and_is_what_is_evaluated(run, tmp_path):
+  config, workdir, state = run
+  one = config.copy_and_resolve_references()
+  one.evals = {}
+  program = train_step.Program(config_utils.resolve(one), 12)
+  batch = {
+    "image": np.random.default_rng(0).uniform(-1, 1, (12, 32, 32, 3)),
+    "label": np.arange(12) % 10,
+  }
+  before = program.init_state()
+  want = jax.tree.map(np.asarray, before.ema)
+  for _ in range(3):
+    before, _ = program.update_step(before, batch, (2, 2))
+    want = jax.tree.map(
+      lambda e, p: 0.9 * e + 0.1 * np.asarray(p, np.float64),
+      want,
+      before.params,
+    )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+    before.ema,
+    want,
+  )
+  params, step, _ = checkpoints.load_params(workdir)
+  assert step == 12
+  jax.tree.map(np.testing.assert_array_equal, params, state.ema)
+
+
+def test_rerun_of_a_finished_run_changes_nothing(run):
+  config, workdir, state = run
+  rows = small.results(workdir)
+  again = train.train_and_evaluate(config, workdir)
+  jax.tree.map(np.testing.assert_array_equal, again, state)
+  assert small.results(workdir) == rows
+
+
+def test_a_run_cut_short_continues_to_the_same_bits(run, tmp_path):
+  config, workdir, state = run
+  del workdir
+  # The state of step 8 is what a killed run leaves.
+  program = train_step.Program(config_utils.resolve(config), config.total_steps)
+  other = str(tmp_path / "run")
+  train.train_and_evaluate(config, other)
+  os.rename(
+    os.path.join(other, "checkpoints", "12"), os.path.join(other, "away")
+  )
+  again = train.train_and_evaluate(config, other)
+  jax.tree.map(np.testing.assert_array_equal, again, state)
+  steps = [r["step"] for r in metric_writer.read(other) if "train/loss" in r]
+  assert steps == list(range(1, 13))
+  del program
+
+
+def test_gradient_accumulation_is_the_whole_batch():
+  """Summed over micro-batches: the same update, to rounding."""
+  batch = {
+    "image": np.random.default_rng(1).uniform(-1, 1, (12, 32, 32, 3)),
+    "label": np.arange(12) % 10,
+  }
+  found = []
+  for accum in (1, 3):
+    config = small.config(
+      model__dropout=0.0,
+      grad_accum_steps=accum,
+      mixup=dict(p=0.2),
+      optax_name="sgd",
+      schedule={},
+      evals={},
+      log_attention_logit=True,
+    )
+    program = train_step.Program(config_utils.resolve(config), 12)
+    state = program.init_state()
+    found.append(program.update_step(state, batch, (2, 2)))
+  (a, scalars_a), (b, scalars_b) = found
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+    (a.params, scalars_a),
+    (b.params, scalars_b),
+  )
+
+
+def test_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path):
+  workdir = str(tmp_path)
+  # From step 6 on the rate is beyond float32.
+  config = small.config(ckpt_steps=2, lr=1.0, schedule={})
+  jumps = lambda step: jnp.where(step < 5, 1e-3, 1e38)  # noqa: E731
+  make = train_step.optim.make_schedule
+  train_step.optim.make_schedule = lambda *args: jumps
+  try:
+    with pytest.raises(FloatingPointError) as e:
+      train.train_and_evaluate(config, workdir)
+  finally:
+    train_step.optim.make_schedule = make
+  message = str(e.value)
+  bad = int(message.split("Update ")[1].split(" ")[0])
+  assert bad in (6, 7)
+  kept = checkpoints.Checkpoints(workdir, read_only=True).steps()
+  assert f"step {kept[-1]} in" in message and kept[-1] < bad
+  params, _, _ = checkpoints.load_params(workdir)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_frozen_parameters_do_not_move(tmp_path):
+  config = small.config(
+    frozen=["embedding/.*", "pos_embedding"], total_steps=4, evals={}
+  )
+  program = train_step.Program(config_utils.resolve(config), 4)
+  first = jax.tree.map(np.asarray, program.init_state().params)
+  state = train.train_and_evaluate(config, str(tmp_path))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (state.params["embedding"], state.params["pos_embedding"]),
+    (first["embedding"], first["pos_embedding"]),
+  )
+  moved = (
+    state.params["head_lookup"]["kernel"] != first["head_lookup"]["kernel"]
+  )
+  assert moved.any()
+  adam = next(
+    s
+    for s in jax.tree.leaves(
+      state.opt_state, is_leaf=lambda s: isinstance(s, optax.ScaleByAdamState)
+    )
+    if isinstance(s, optax.ScaleByAdamState)
+  )
+  assert len(jax.tree.leaves(adam.mu)) == len(jax.tree.leaves(first)) - 3
+
+
+@pytest.mark.parametrize(
+  ("fields", "words"),
+  [
+    (dict(learning_rate=1), ["learning_rate", "lr"]),
+    (dict(input__batchsize=8), ["config.input.batchsize", "batch_size"]),
+    (dict(model_name="lookupvit"), ["config.model_name='lookupvit'"]),
+    (dict(model__variant="XL/16"), ["'XL/16'", "B/16"]),
+    (dict(model__widht=8), ["'widht'", "width"]),
+    (dict(model__reuse="all"), ["reuse='all'", "weights"]),
+    (dict(grids=[(2, 2), (5, 3)]), ["(5, 3)", "(4, 4)"]),
+    (dict(grids=[(2, 2, 2)]), ["(2, 2, 2)", "(4, 4)"]),
+    (dict(model__variant="mu/7"), ["(7, 7)", "(32, 32)"]),
+    (dict(input__image_size=(64, 64)), ["(32, 32, 3)", "(64, 64, 3)"]),
+    (dict(num_classes=7), ["10 classes", "7"]),
+    (dict(mesh=[("data", 3)]), ["config.mesh", "1 device"]),
+    (dict(loss="hinge"), ["config.loss='hinge'", "softmax_xent"]),
+    (dict(optax_name="lion"), ["config.optax_name='lion'", "adamw"]),
+    (dict(frozen=["nothing"]), ["config.frozen", "'nothing'"]),
+    (dict(evals__test__type="probe"), ["config.evals.test.type='probe'"]),
+    (dict(evals__test__shots=5), ["config.evals.test", "shots"]),
+    (dict(input__data__split="train[:0]"), ["train[:0]"]),
+    (dict(input__data__split="valid"), ["'valid'", "train", "test"]),
+    (dict(input__pp="decode|crop_inception(32)"), ["crop_inception"]),
+    (
+      dict(input__data=dict(name="imagenet2012", split="train")),
+      ["tfds build imagenet2012", "--manual_dir"],
+    ),
+    (
+      dict(input__data=dict(folder="/nowhere", split="train")),
+      ["/nowhere"],
+    ),
+  ],
+)
+def test_what_cannot_work_is_said_before_anything_is_written(
+  fields, words, tmp_path
+):
+  workdir = str(tmp_path / "run")
+  with pytest.raises(ValueError) as e:
+    train.train_and_evaluate(small.config(**fields), workdir)
+  for word in words:
+    assert word in str(e.value)
+  assert not os.path.exists(os.path.join(workdir, "config.json"))
+
+
+def test_a_work_directory_of_another_config(run):
+  config, workdir, _ = run
+  other = config.copy_and_resolve_references()
+  other.lr = 0.5
+  other.ckpt_steps = 99  # Free to change.
+  with pytest.raises(ValueError, match="belongs to another config") as e:
+    train.train_and_evaluate(other, workdir)
+  assert "lr: 0.001, now 0.5" in str(e.value)
+  assert "ckpt_steps" not in str(e.value)
