@@ -35,7 +35,7 @@ def get_config(arg=None):
   config.grad_clip_norm = 1.0
   config.lr = 1e-3
   config.wd = 1e-4
-  config.schedule = dict(warmup_percent=10, decay_type="cosine")
+  config.schedule = dict(warmup_percent=0.1, decay_type="cosine")
 
   config.log_training_steps = 50
   config.ckpt_steps = 200

@@ -75,7 +75,7 @@ def get_config(arg=None):
   config.grad_clip_norm = 1.0
   config.lr = 1e-3 * (arg.batch / 1024) ** 0.5
   config.wd = 1e-4
-  config.schedule = dict(warmup_percent=5, decay_type="cosine")
+  config.schedule = dict(warmup_percent=0.05, decay_type="cosine")
 
   config.log_training_steps = 50
   config.ckpt_steps = 500

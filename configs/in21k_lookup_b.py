@@ -14,6 +14,6 @@ def get_config(arg=None):
   config = in21k_vit_b.get_config(arg)
   config.model_name = "lookup_vit"
   config.model.grid = (5, 5)
-  # The grid of an update is drawn from these (section 3.3 of the paper).
+  # The grid of an update is drawn from these.
   config.grids = [(3, 3), (5, 5), (7, 7), (10, 10)]
   return config

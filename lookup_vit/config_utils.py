@@ -208,9 +208,12 @@ def read_workdir(workdir: str) -> ml_collections.ConfigDict:
     raise ValueError(f"{workdir} is no work directory: no {CONFIG_FILE} there.")
   try:
     with open(path) as f:
-      return resolve(json.load(f))
-  except json.JSONDecodeError as e:
+      config = json.load(f)
+  except (json.JSONDecodeError, UnicodeDecodeError) as e:
     raise ValueError(f"{path} is damaged: {e}.") from None
+  if not isinstance(config, dict):
+    raise ValueError(f"{path} is damaged: it holds no object.")
+  return resolve(config)
 
 
 def run_local(config: ml_collections.ConfigDict) -> None:
@@ -243,7 +246,8 @@ def total_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
       f"config.total_steps={config.total_steps}, total_epochs="
       f"{config.total_epochs} over {num_examples} examples: less than a step."
     )
-  return math.ceil(steps)
+  # Not of 11.000000000000002, which 1.1 epochs of 100 in tens are.
+  return math.ceil(round(steps, 6))
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -302,6 +306,12 @@ def run(main: Callable[[Any], Any]) -> None:
         if debug():
           raise
         sys.exit(f"error: {e}")
+      except OSError as e:
+        # config_flags raises this where a config that it could not read is
+        # used; the last line names the file.
+        if debug() or "Configuration is not available" not in str(e):
+          raise
+        sys.exit(f"error: {str(e).strip().splitlines()[-1].strip()}")
 
     return call
 

@@ -151,7 +151,7 @@ def _scale_by_adafactor(
   dtype_momentum="bfloat16",
   eps=1e-30,
 ):
-  """Adafactor as modified in Scaling ViT (arXiv:2106.04560, section 3.4)."""
+  """Adafactor as modified in Scaling ViT (arXiv:2106.04560)."""
   steps = [
     optax.scale_by_factored_rms(
       decay_rate=decay_rate,
@@ -179,13 +179,15 @@ def make_schedule(
   Args:
     options: `decay_type` "cosine" (default), "linear" (to `linear_end`),
       "rsqrt" (with `timescale`) or "constant"; `warmup_steps`,
-      `warmup_percent` of the steps or `warmup_examples`; `cooldown_steps`,
+      `warmup_percent` (a share of the steps, 0.05 for a twentieth) or
+      `warmup_examples`; `cooldown_steps`,
       a linear descent to zero at the end.
     batch_size: of a step.
     total_steps: length of the training.
 
   Raises:
-    ValueError: an unknown option or decay, or a warm-up as long as training.
+    ValueError: an unknown option or decay, or a warm-up and cooldown longer
+      than the training.
   """
   known = [
     "decay_type",
@@ -205,7 +207,12 @@ def make_schedule(
   kind = get("decay_type", "cosine")
   warmup = get("warmup_steps", 0)
   if "warmup_percent" in options:
-    warmup = round(get("warmup_percent") / 100 * total_steps)
+    share = get("warmup_percent")
+    if not 0 <= share <= 1:
+      raise ValueError(
+        f"config.schedule.warmup_percent={share}: want a share in [0, 1]."
+      )
+    warmup = round(share * total_steps)
   if "warmup_examples" in options:
     warmup = round(get("warmup_examples") / batch_size)
   cooldown = get("cooldown_steps", 0)

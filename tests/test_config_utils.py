@@ -241,6 +241,14 @@ def test_total_steps_of_epochs_see_every_example(epochs, examples, batch, want):
   assert want * batch >= epochs * examples > (want - 1) * batch
 
 
+def test_total_steps_are_not_rounded_up_by_a_rounding_error():
+  """1.1 * 100 / 10 is 11.000000000000002 in floating point."""
+  given = minimal(total_steps=None, total_epochs=1.1)
+  given["input"]["batch_size"] = 10
+  config = config_utils.resolve(given)
+  assert config_utils.total_steps(config, 100) == 11
+
+
 def test_total_steps():
   config = config_utils.resolve(minimal(total_steps=7))
   assert config_utils.total_steps(config, 1) == 7

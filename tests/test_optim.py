@@ -387,7 +387,7 @@ def test_schedule_defaults():
 
 
 @pytest.mark.parametrize(
-  "options", [dict(warmup_percent=12.5), dict(warmup_examples=40)]
+  "options", [dict(warmup_percent=0.125), dict(warmup_examples=40)]
 )
 def test_units_of_warm_up(options):
   """12.5 % of 40 steps, and 40 examples in batches of 8, are 5 steps."""

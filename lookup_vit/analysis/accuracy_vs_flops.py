@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from absl import flags
 
 from lookup_vit import config_utils
@@ -61,6 +62,33 @@ def table(rows: Sequence[Row]) -> str:
   return "\n".join(lines)
 
 
+def over_seeds(rows: Sequence[Row]) -> str:
+  """A table of mean and spread over runs that differ in their seed.
+
+  Rows of the same model, variant, grid and split are one row: mean of the
+  top-1, its standard deviation (of a sample: over n - 1), lowest and highest.
+  """
+  groups: dict[tuple[Any, ...], list[Row]] = {}
+  for r in rows:
+    key = tuple(r[k] for k in ("model", "variant", "grid", "split"))
+    groups.setdefault(key, []).append(r)
+  lines = [
+    "| model | grid | GFLOPs | parameters (M) | runs | top-1 (%), mean | "
+    "std | range |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  for (model, variant, grid, _), group in groups.items():
+    top1 = 100 * np.array([r["top1"] for r in group])
+    std = f"{top1.std(ddof=1):.2f}" if len(top1) > 1 else "-"
+    lines.append(
+      f"| {_NAMES.get(model, model)} {variant} | {grid or '-'} | "
+      f"{group[0]['gflops']:.3f} | {group[0]['parameters'] / 1e6:.2f} | "
+      f"{len(top1)} | {top1.mean():.2f} | {std} | "
+      f"{top1.min():.2f} to {top1.max():.2f} |"
+    )
+  return "\n".join(lines)
+
+
 def plot(rows: Sequence[Row], path: str) -> None:
   """Draws top-1 over GFLOPs, a line for each model and split, as a PNG."""
   figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -93,6 +121,9 @@ def main(argv):
   """Prints the table of several runs and draws them together."""
   del argv
   rows = [row for workdir in FLAGS.workdirs for row in read(workdir)]
+  if FLAGS.over_seeds:
+    print(over_seeds(rows))
+    return
   print(table(rows))
   plot(rows, FLAGS.output)
   print(f"Drawn: {FLAGS.output}")
@@ -101,4 +132,5 @@ def main(argv):
 if __name__ == "__main__":
   flags.DEFINE_list("workdirs", None, "Work directories.", required=True)
   flags.DEFINE_string("output", "accuracy_vs_flops.png", "The PNG to draw.")
+  flags.DEFINE_bool("over_seeds", False, "Runs are of several seeds: means.")
   config_utils.run(main)

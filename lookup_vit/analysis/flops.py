@@ -65,6 +65,8 @@ def multiply_adds(
   a ViT block has `(4 + 2p) N D^2 + 2 N^2 D`, a LookupViT block `((3 + 2r) N +
   (7 + 2p) M) D^2 + (3NM + 2M^2) D`. Added are the patch embedding and the
   classifiers; resizing of grids, norms and mean pooling are left out.
+  (Without a classifier, XLA drops what only the lookup head of a LookupViT
+  needs; the formula does not.)
   """
   lookup_grid = tokens.lookup_grid(image_size, model.patch_size)
   n, d = math.prod(lookup_grid), model.width
@@ -110,9 +112,14 @@ def main(argv):
   model = train_step.build_model(config)
   grids = train_step.train_grids(config, model)
   if FLAGS.grid:
+    if grids == [None]:
+      raise ValueError(
+        f"--grid: model {config.model_name!r} has no compressed grid."
+      )
     grids = [config_utils.parse_grid(g) for g in FLAGS.grid]
   size = config.input.image_size
-  print(f"{config.model_name} {config.model.variant}, input {tuple(size)}")
+  variant = config.model.get("variant", "B/16")
+  print(f"{config.model_name} {variant}, input {tuple(size)}")
   print(table(model, size, grids))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from lookup_vit import config_utils, datasets, input_pipeline, parallel
+from lookup_vit.models import tokens
 from lookup_vit.train_step import Program
 
 
@@ -56,6 +57,20 @@ class Evaluator:
       process_count=jax.process_count(),
     )
     program.check_input(self.dataset.element_spec, f"config.evals.{name}.pp_fn")
+    if grids:
+      self._check_grids(f"config.evals.{name}.grids")
+
+  def _check_grids(self, field):
+    model = self.program.model
+    if not hasattr(model, "grid"):
+      raise ValueError(f"{field}: the model has no compressed grid.")
+    image_size = self.program.config.input.image_size
+    lookup_grid = tokens.lookup_grid(image_size, model.patch_size)
+    for grid in self.grids:
+      try:
+        tokens.check_grid(grid, lookup_grid)
+      except ValueError as e:
+        raise ValueError(f"{field}: {e}") from None
 
   def batches(self) -> Iterator[dict[str, Any]]:
     """This process's batches of NumPy arrays, padding marked in `_mask`."""

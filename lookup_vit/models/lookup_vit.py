@@ -16,7 +16,7 @@ from lookup_vit.models.mhbc import MHBC
 
 
 class LookupBlock(nn.Module):
-  """One block of LookupViT (section 3.2 of the paper).
+  """One block of LookupViT.
 
   Called as `block((compressed, lookup), drop_rate)`; returns the pair and what
   is captured.

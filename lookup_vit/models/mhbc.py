@@ -1,4 +1,4 @@
-"""Multi-head bidirectional cross-attention (MHBC) of LookupViT, section 3.2.
+"""Multi-head bidirectional cross-attention (MHBC) of LookupViT.
 
 The compressed tokens gather from the lookup tokens, and later, refined, they
 write back through the same attention, transposed.

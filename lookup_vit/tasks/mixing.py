@@ -1,8 +1,8 @@
 """Mixup and cutmix on the device.
 
 Partners are fixed neighbours (2i with 2i+1) and draws are keyed by the place
-in the global batch: no communication, and the same result on any number of
-devices.
+in the global batch: no image leaves its device, and the result is the same on
+any number of devices.
 """
 
 import jax

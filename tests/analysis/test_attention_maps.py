@@ -1,0 +1,99 @@
+"""Tests of lookup_vit/analysis/attention_maps.py."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from lookup_vit import config_utils, train_step
+from lookup_vit.analysis import attention_maps
+
+# Neither the images nor the lookup grid (4, 6) are square.
+SIZE, GRID = (16, 24), (2, 3)
+
+
+@pytest.fixture(scope="module")
+def program():
+  return train_step.Program(
+    config_utils.resolve(
+      dict(
+        model_name="lookup_vit",
+        num_classes=3,
+        model=dict(variant="mu/4", depth=2, grid=GRID, scan=True),
+        input=dict(pp="", image_size=SIZE, batch_size=4),
+        lr=1e-3,
+        total_steps=2,
+      )
+    ),
+    2,
+  )
+
+
+@pytest.fixture(scope="module")
+def params(program):
+  """Random parameters whose attention is far from uniform."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: (rng.standard_normal(x.shape) * 0.4).astype(np.float32),
+    program.state_shapes.params,
+  )
+
+
+@pytest.fixture(scope="module")
+def images():
+  rng = np.random.default_rng(1)
+  return rng.uniform(-1, 1, (3, *SIZE, 3)).astype(np.float32)
+
+
+def test_attention(program, params, images):
+  maps = attention_maps.attention(program, params, images, GRID)
+  assert maps.shape == (3, 6, 4, 6)
+  assert maps.min() >= 0
+  np.testing.assert_allclose(maps.sum((2, 3)), 1, 1e-5)
+  # Not uniform, and another for each image and compressed token.
+  assert maps.max() > 3 / 24
+  flat = maps.reshape(18, 24)
+  assert len(np.unique(np.round(flat, 4), axis=0)) == 18
+
+  # The last of two blocks, the mean over heads, in the order of the tokens.
+  _, out = program.model.apply(
+    {"params": params}, images, grid=GRID, capture=("attention",)
+  )
+  attention = np.asarray(out["attention"], np.float64)
+  assert attention.shape == (2, 3, 2, 6, 24)
+  for b in range(3):
+    for m in range(6):
+      for r in range(4):
+        for c in range(6):
+          want = attention[1, b, :, m, 6 * r + c].mean()
+          np.testing.assert_allclose(maps[b, m, r, c], want, 1e-4, 1e-6)
+
+
+def test_write(program, params, images, tmp_path):
+  path = str(tmp_path / "maps.png")
+  attention_maps.write(path, program, params, images, GRID)
+  picture = np.asarray(Image.open(path).convert("RGB"), np.float64)
+  # 1.2 x 1.25 inches for each of 3 x 7 panels, half an inch for the title.
+  assert picture.shape == (
+    pytest.approx(150 * (1.25 * 3 + 0.5), abs=1),
+    pytest.approx(150 * 1.2 * 7, abs=1),
+    3,
+  )
+  # Each of the panels has something other than white in it.
+  for rows in np.array_split(picture[75:], 3):
+    for panel in np.array_split(rows, 7, axis=1):
+      assert np.mean(np.ptp(panel, axis=2) > 0) > 0.1
+
+  # Other parameters make another picture of the same inputs.
+  other = str(tmp_path / "other.png")
+  flipped = jax.tree.map(lambda x: -x, params)
+  attention_maps.write(other, program, flipped, images, GRID)
+  changed = np.asarray(Image.open(other).convert("RGB")) != picture
+  assert not changed[90:, : 1260 // 7 - 20].any()
+  assert changed[90:, 1260 // 7 :].any()
+
+
+def test_another_grid_than_the_model_s_own(program, params, images):
+  maps = attention_maps.attention(program, params, images[:1], (1, 1))
+  assert maps.shape == (1, 1, 4, 6)
+  np.testing.assert_allclose(maps.sum(), 1, 1e-5)
