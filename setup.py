@@ -12,6 +12,7 @@ setup(
   install_requires=[
     "absl-py",
     "clu",
+    "etils[epath]",
     "flax>=0.12",
     "importlib_resources",  # TFDS needs it and does not say so.
     "jax>=0.10",

@@ -6,10 +6,8 @@ checksums: damage that still decodes is noticed too. A checkpoint appears under
 its name only when it is whole.
 """
 
-import glob
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import traverse_util
 
 from lookup_vit import config_utils
@@ -40,7 +39,8 @@ def check_workdir(workdir: str, config: Mapping[str, Any]) -> None:
     ValueError: the directory was made by another config; the fields that
       differ are listed.
   """
-  if os.path.exists(os.path.join(workdir, _CONFIG)):
+  workdir = epath.Path(workdir)
+  if (workdir / _CONFIG).exists():
     saved = config_utils.read_workdir(workdir).to_dict()
     lines = config_utils.differences(saved, config.to_dict())
     if lines:
@@ -48,20 +48,19 @@ def check_workdir(workdir: str, config: Mapping[str, Any]) -> None:
         f"The work directory {workdir} belongs to another config. Choose "
         "another directory, or change back: " + "; ".join(lines) + "."
       )
-  elif glob.glob(os.path.join(workdir, _FOLDER, "*")):
+  elif (workdir / _FOLDER).exists() and any((workdir / _FOLDER).iterdir()):
     raise ValueError(f"{workdir} has checkpoints but no {_CONFIG}.")
 
 
 def write_config(workdir: str, config: Mapping[str, Any]) -> None:
   """Writes a resolved config into its work directory."""
   if jax.process_index() == 0:
-    os.makedirs(workdir, exist_ok=True)
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
     # Atomic: a run killed here must not leave half a file.
-    path = os.path.join(workdir, _CONFIG)
-    with open(path + ".tmp", "w") as f:
-      json.dump(config.to_dict(), f, indent=2)
-      f.write("\n")
-    os.replace(path + ".tmp", path)
+    part = workdir / (_CONFIG + ".tmp")
+    part.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    part.replace(workdir / _CONFIG)
 
 
 @jax.jit
@@ -116,8 +115,8 @@ class Checkpoints:
     keep_every: int | None = None,
     read_only: bool = False,
   ):
-    self.path = os.path.join(os.path.abspath(workdir), _FOLDER)
-    if read_only and not os.path.isdir(self.path):
+    self.path = epath.Path(workdir).resolve() / _FOLDER
+    if read_only and not self.path.exists():
       raise ValueError(f"{workdir} has no checkpoint.")
     handlers = {
       name: ocp.StandardCheckpointHandler()
@@ -173,8 +172,8 @@ class Checkpoints:
     """
     if sharding is None:
       sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    folder = os.path.join(self.path, str(step))
-    name = "ema" if os.path.isdir(os.path.join(folder, "ema")) else "params"
+    has_ema = (self.path / str(step) / "ema").exists()
+    name = "ema" if has_ema else "params"
     try:
       tree = self._manager.item_metadata(step)[name].tree
       like = jax.tree.map(
@@ -205,7 +204,7 @@ class Checkpoints:
     return {name: restored[name] for name in like}
 
   def _damaged(self, step, why):
-    folder = os.path.join(self.path, str(step))
+    folder = self.path / str(step)
     earlier = [s for s in self.steps() if s < step]
     why = (str(why).strip().splitlines() or [type(why).__name__])[0][:200]
     message = f"The checkpoint {folder} is damaged ({why}). "
@@ -213,7 +212,7 @@ class Checkpoints:
       message += (
         f"There is an earlier one, of step {earlier[-1]}. To use it, move the "
         f"damaged one away and run the same command: mv {folder} "
-        f"{os.path.join(os.path.dirname(self.path), f'damaged-{step}')}"
+        f"{self.path.parent / f'damaged-{step}'}"
       )
     else:
       message += "There is no earlier one in this work directory."

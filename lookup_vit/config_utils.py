@@ -17,6 +17,7 @@ from typing import Any
 import absl.logging
 import ml_collections
 from absl import app, flags
+from etils import epath
 
 CONFIG_FILE = "config.json"
 
@@ -203,12 +204,11 @@ def read_workdir(workdir: str) -> ml_collections.ConfigDict:
   Raises:
     ValueError: there is none, or it cannot be read.
   """
-  path = os.path.join(workdir, CONFIG_FILE)
-  if not os.path.isfile(path):
+  path = epath.Path(workdir) / CONFIG_FILE
+  if not path.exists():
     raise ValueError(f"{workdir} is no work directory: no {CONFIG_FILE} there.")
   try:
-    with open(path) as f:
-      config = json.load(f)
+    config = json.loads(path.read_text())
   except (json.JSONDecodeError, UnicodeDecodeError) as e:
     raise ValueError(f"{path} is damaged: {e}.") from None
   if not isinstance(config, dict):

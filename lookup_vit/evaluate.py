@@ -4,10 +4,10 @@ python -m lookup_vit.evaluate --workdir=workdirs/digits_lookup
 """
 
 import json
-import os
 from typing import Any
 
 from absl import flags
+from etils import epath
 
 from lookup_vit import (
   checkpoints,
@@ -52,8 +52,8 @@ def evaluate(workdir: str, step: int | None = None) -> list[dict[str, Any]]:
   for evaluator, _ in evaluators.values():
     metrics.update(evaluator.run(params))
   rows = summary.results(program, metrics)
-  with open(os.path.join(workdir, f"evaluation_{step}.json"), "w") as f:
-    json.dump(rows, f, indent=2)
+  path = epath.Path(workdir) / f"evaluation_{step}.json"
+  path.write_text(json.dumps(rows, indent=2))
   return rows
 
 

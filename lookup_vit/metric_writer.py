@@ -1,13 +1,15 @@
 """Metrics to `metrics.jsonl` and to TensorBoard."""
 
 import json
-import os
 from collections.abc import Mapping
 
 from lookup_vit import quiet_tensorflow  # noqa: F401
 
 # isort: split
 from clu import metric_writers
+from etils import epath
+
+_FILE = "metrics.jsonl"
 
 
 class MetricWriter:
@@ -22,13 +24,13 @@ class MetricWriter:
   """
 
   def __init__(self, workdir: str, start_step: int):
-    path = os.path.join(workdir, "metrics.jsonl")
-    if os.path.exists(path):
+    path = epath.Path(workdir) / _FILE
+    if path.exists():
       kept = [r for r in read(workdir) if r["step"] <= start_step]
-      with open(path + ".tmp", "w") as f:
-        f.writelines(json.dumps(r) + "\n" for r in kept)
-      os.replace(path + ".tmp", path)
-    self._file = open(path, "a")  # noqa: SIM115
+      part = path.with_suffix(".tmp")
+      part.write_text("".join(json.dumps(r) + "\n" for r in kept))
+      part.replace(path)
+    self._file = path.open("a")
     self._summaries = metric_writers.SummaryWriter(workdir)
 
   def write(self, step: int, values: Mapping[str, float | str]) -> None:
@@ -47,10 +49,9 @@ class MetricWriter:
 def read(workdir: str) -> list[dict[str, float | str]]:
   """The lines of `metrics.jsonl`; a last line cut off in writing is dropped."""
   rows = []
-  with open(os.path.join(workdir, "metrics.jsonl")) as f:
-    for line in f:
-      try:
-        rows.append(json.loads(line))
-      except json.JSONDecodeError:
-        break
+  for line in (epath.Path(workdir) / _FILE).read_text().splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
   return rows

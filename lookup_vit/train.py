@@ -244,6 +244,7 @@ class Progress:
 
   def _look(self, step, grid, scalars):
     if not scalars["finite"]:
+      self.store.wait()
       steps = self.store.steps()
       last = f"step {steps[-1]} in {self.store.path}" if steps else "none"
       values = {k: float(scalars[k]) for k in ("loss", "grad_norm", "lr")}

@@ -6,13 +6,13 @@ python -m lookup_vit.analysis.accuracy_vs_flops \
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from absl import flags
+from etils import epath
 
 from lookup_vit import config_utils
 
@@ -31,11 +31,10 @@ def read(workdir: str) -> list[Row]:
   Raises:
     ValueError: the run has not come to its end, or is no run.
   """
-  path = os.path.join(workdir, "results.json")
-  if not os.path.isfile(path):
+  path = epath.Path(workdir) / "results.json"
+  if not path.exists():
     raise ValueError(f"{workdir} has no results.json: no finished run.")
-  with open(path) as f:
-    return json.load(f)
+  return json.loads(path.read_text())
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -113,7 +112,8 @@ def plot(rows: Sequence[Row], path: str) -> None:
   axes.margins(y=0.2)
   axes.grid(alpha=0.3)
   axes.legend()
-  figure.savefig(path, dpi=150)
+  with epath.Path(path).open("wb") as f:
+    figure.savefig(f, dpi=150, format="png")
   plt.close(figure)
 
 

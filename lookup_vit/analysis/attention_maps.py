@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from etils import epath
 
 from lookup_vit import config_utils
 from lookup_vit.models import tokens
@@ -79,5 +80,6 @@ def write(
     f"({config_utils.format_grid(grid)}) reads",
     fontsize=9,
   )
-  figure.savefig(path, dpi=150)
+  with epath.Path(path).open("wb") as f:
+    figure.savefig(f, dpi=150, format="png")
   plt.close(figure)

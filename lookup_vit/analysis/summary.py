@@ -2,11 +2,11 @@
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from lookup_vit import config_utils
 from lookup_vit.analysis import accuracy_vs_flops, attention_maps, flops
@@ -32,15 +32,15 @@ def write(
     images: `[batch, height, width, 3]` in [-1, 1], for the attention maps.
   """
   rows = results(program, metrics)
-  with open(os.path.join(workdir, "results.json"), "w") as f:
-    json.dump(rows, f, indent=2)
+  folder = epath.Path(workdir)
+  (folder / "results.json").write_text(json.dumps(rows, indent=2))
   if any("top1" in row for row in rows):
     print(accuracy_vs_flops.table(rows), flush=True)
-    accuracy_vs_flops.plot(rows, os.path.join(workdir, "accuracy_vs_flops.png"))
+    accuracy_vs_flops.plot(rows, folder / "accuracy_vs_flops.png")
   is_2d = images is not None and images.ndim == 4
   if program.grids[0] is not None and is_2d:
     attention_maps.write(
-      os.path.join(workdir, "attention_maps.png"),
+      folder / "attention_maps.png",
       program,
       params,
       images,
