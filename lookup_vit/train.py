@@ -5,6 +5,7 @@ python -m lookup_vit.train --config=configs/digits_lookup.py \
 """
 
 import collections
+import datetime
 import itertools
 import logging
 import os
@@ -268,17 +269,17 @@ class Progress:
     rate = (step - then) / (now - clock)
     self.since = (step, now)
     values["train/images_per_second"] = rate * self.config.input.batch_size
-    left = (self.total_steps - step) / rate
-    log.info(
-      "step %d/%d (%.0f%%)  loss %.4f  %s  %.0f images/s  ETA %s",
-      step,
-      self.total_steps,
-      100 * step / self.total_steps,
-      values["train/loss"],
-      values.get("train/grid", ""),
-      values["train/images_per_second"],
-      f"{left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f}",
-    )
+    left = datetime.timedelta(seconds=round((self.total_steps - step) / rate))
+    parts = [
+      f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})",
+      f"loss {values['train/loss']:.4f}",
+    ]
+    if grid is not None:
+      parts.append(values["train/grid"])
+    if step > 1:  # The first step's time is that of compiling.
+      parts.append(f"{values['train/images_per_second']:.0f} images/s")
+      parts.append(f"ETA {left}")
+    log.info("  ".join(parts))
     if self.writer:
       self.writer.write(step, values)
 
