@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes the environment if it is not there, and
 # puts it on PATH. VENV chooses its place, PYTHON the interpreter.
 # Usage: source launch/env.sh [EXTRAS]

@@ -4,6 +4,7 @@ A config file defines `get_config(arg=None) -> ml_collections.ConfigDict`.
 Fields are named as in big_vision wherever big_vision has the field.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import json
@@ -11,7 +12,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import absl.logging
@@ -118,6 +119,17 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
     if kind is not bool and not eq:
       raise ValueError(f"Config argument {name} wants a value: {name}=...")
   return ml_collections.ConfigDict(values)
+
+
+@contextlib.contextmanager
+def at_fault(field: str) -> Iterator[None]:
+  """Prefixes a ValueError with the config field that it is about."""
+  try:
+    yield
+  except ValueError as e:
+    if field in str(e):
+      raise
+    raise ValueError(f"{field}: {e}") from e
 
 
 def load(spec: str) -> ml_collections.ConfigDict:

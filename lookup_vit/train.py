@@ -60,9 +60,11 @@ def train_and_evaluate(
   # What can be wrong is found first.
   config = config_utils.resolve(config)
   data = config.input.data
-  if config.num_classes is None:
-    config.num_classes = datasets.num_classes(data)
-  total_steps = config_utils.total_steps(config, datasets.num_examples(data))
+  with config_utils.at_fault("config.input"):
+    num_examples = datasets.num_examples(data)
+    if config.num_classes is None:
+      config.num_classes = datasets.num_classes(data)
+  total_steps = config_utils.total_steps(config, num_examples)
   checkpoints.check_workdir(workdir, config)
   program = train_step.Program(config, total_steps)
   check_classes(config, data, "config.input.data")
@@ -72,16 +74,17 @@ def train_and_evaluate(
   )
   state = restore_or_init(program, store)
   start = int(state.step)
-  dataset = input_pipeline.make_train(
-    data,
-    pp=config.input.pp,
-    batch_size=config.input.batch_size,
-    seed=config.seed,
-    start_step=start,
-    shuffle_buffer_size=config.input.shuffle_buffer_size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+  with config_utils.at_fault("config.input"):
+    dataset = input_pipeline.make_train(
+      data,
+      pp=config.input.pp,
+      batch_size=config.input.batch_size,
+      seed=config.seed,
+      start_step=start,
+      shuffle_buffer_size=config.input.shuffle_buffer_size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
   program.check_input(dataset.element_spec, "config.input.pp")
   checkpoints.write_config(workdir, config)
   writer = None
@@ -173,7 +176,8 @@ def make_evaluators(
     )
     log_steps = fields.pop("log_steps", None)
     try:
-      evaluator = module.Evaluator(program, name, **fields)
+      with config_utils.at_fault(where):
+        evaluator = module.Evaluator(program, name, **fields)
     except TypeError as e:
       raise ValueError(f"{where}: {e}.") from e
     evaluators[name] = (evaluator, log_steps)

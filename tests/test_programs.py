@@ -277,7 +277,7 @@ def test_a_normal_run_prints_its_progress_and_no_warnings(tmp_path):
   assert len(lines) < 15
   assert "step 6/6 (100%)  loss" in err
   assert "images/s  ETA 0:00:00" in err
-  assert "| ViT Ti/4 | - | test |" in out
+  assert "| ViT Ti/4 (width 64, depth 1) | - | test |" in out
   process = _python("-m", "lookup_vit.evaluate", f"--workdir={workdir}")
   again, err = process.communicate()
   assert process.returncode == 0, err

@@ -55,10 +55,15 @@ def table(rows: Sequence[Row]) -> str:
     ]
     lines.append(
       f"| {_NAMES.get(r['model'], r['model'])} {r['variant']} | "
-      f"{r['grid'] or '-'} | {r['split']} | {r['gflops']:.3f} | "
+      f"{r['grid'] or '-'} | {r['split']} | {_gflops(r)} | "
       f"{r['parameters'] / 1e6:.2f} | {' | '.join(tops)} |"
     )
   return "\n".join(lines)
+
+
+def _gflops(row):
+  gflops = row["gflops"]
+  return f"{gflops:.3f}" if gflops >= 1 else f"{gflops:.3g}"
 
 
 def over_seeds(rows: Sequence[Row]) -> str:
@@ -81,7 +86,7 @@ def over_seeds(rows: Sequence[Row]) -> str:
     std = f"{top1.std(ddof=1):.2f}" if len(top1) > 1 else "-"
     lines.append(
       f"| {_NAMES.get(model, model)} {variant} | {grid or '-'} | "
-      f"{group[0]['gflops']:.3f} | {group[0]['parameters'] / 1e6:.2f} | "
+      f"{_gflops(group[0])} | {group[0]['parameters'] / 1e6:.2f} | "
       f"{len(top1)} | {top1.mean():.2f} | {std} | "
       f"{top1.min():.2f} to {top1.max():.2f} |"
     )

@@ -41,8 +41,9 @@ def cost(model: Any, image_size: Sequence[int], grid: Any = None) -> Cost:
     image_size: (rows, columns) or (time, rows, columns).
     grid: compressed grid; the model's own where none is given.
   """
-  # XLA sees the body of a loop once: count without one.
-  model = model.clone(scan=False, remat_policy="none")
+  # XLA sees the body of a loop once, and counts a change of dtype as work:
+  # count without either.
+  model = model.clone(scan=False, remat_policy="none", dtype="float32")
   images = jax.ShapeDtypeStruct((1, *image_size, 3), np.float32)
   fields = {} if grid is None else {"grid": tuple(grid)}
   key = jax.eval_shape(lambda: jax.random.key(0))

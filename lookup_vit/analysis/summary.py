@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -37,6 +38,8 @@ def write(
   if any("top1" in row for row in rows):
     print(accuracy_vs_flops.table(rows), flush=True)
     accuracy_vs_flops.plot(rows, folder / "accuracy_vs_flops.png")
+  # Only one process is here: it computes by itself.
+  params = jax.device_get(params)
   is_2d = images is not None and images.ndim == 4
   if program.grids[0] is not None and is_2d:
     attention_maps.write(
@@ -67,7 +70,7 @@ def results(
     rows.append(
       {
         "model": config.model_name,
-        "variant": config.model.get("variant", "B/16"),
+        "variant": _variant(config.model),
         "grid": grid,
         "split": evaluator,
         "parameters": costs[grid].params,
@@ -76,3 +79,10 @@ def results(
       }
     )
   return rows
+
+
+def _variant(fields):
+  """The variant, with what a config changes of its size."""
+  changed = [f"{k} {fields[k]}" for k in ("width", "depth") if k in fields]
+  variant = fields.get("variant", "B/16")
+  return f"{variant} ({', '.join(changed)})" if changed else variant

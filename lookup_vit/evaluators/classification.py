@@ -57,6 +57,13 @@ class Evaluator:
       process_count=jax.process_count(),
     )
     program.check_input(self.dataset.element_spec, f"config.evals.{name}.pp_fn")
+    classes = datasets.num_classes(data)
+    is_label = "labels" not in self.dataset.element_spec
+    if is_label and classes is not None and classes > config.num_classes:
+      raise ValueError(
+        f"config.evals.{name}.data has {classes} classes, config.num_classes "
+        f"is {config.num_classes}."
+      )
     if grids:
       self._check_grids(f"config.evals.{name}.grids")
 
