@@ -109,12 +109,17 @@ def train_and_evaluate(
     state, scalars = program.update_step(state, next(batches), grid)
     progress.add(step + 1, grid, scalars)
     last = step + 1 == total_steps
-    if last or (step + 1) % config.ckpt_steps == 0:
+    due = due_evaluators(evaluators, step + 1, last)
+    save = last or (step + 1) % config.ckpt_steps == 0
+    if due or save:
       progress.flush()  # Nothing is saved that is not finite.
+    # Before saving, so that a run that continues from here lacks no metrics.
+    metrics = evaluate(due, state, step + 1, writer)
+    if save:
       store.save(step + 1, state)
-    metrics = evaluate(evaluators, state, step + 1, writer, last)
   if start == total_steps:  # Trained before.
-    metrics = evaluate(evaluators, state, start, None, True)
+    due = due_evaluators(evaluators, start, True)
+    metrics = evaluate(due, state, start, None)
   store.close()
 
   # What it leaves for people.
@@ -184,22 +189,31 @@ def make_evaluators(
   return evaluators
 
 
+def due_evaluators(
+  evaluators: dict[str, tuple[Any, int | None]], step: int, last: bool
+) -> dict[str, Any]:
+  """The evaluators whose turn it is after a step: all of them at the end."""
+  return {
+    name: evaluator
+    for name, (evaluator, log_steps) in evaluators.items()
+    if last or (log_steps and step % log_steps == 0)
+  }
+
+
 def evaluate(
-  evaluators: dict[str, tuple[Any, int | None]],
+  evaluators: dict[str, Any],
   state: train_step.TrainState,
   step: int,
   writer: metric_writer.MetricWriter | None,
-  last: bool,
 ) -> dict[str, float]:
-  """Runs the evaluators that are due, on the Polyak average if there is one."""
+  """Runs evaluators, on the Polyak average where there is one."""
   params = state.params if state.ema is None else state.ema
   metrics = {}
-  for name, (evaluator, log_steps) in evaluators.items():
-    if last or (log_steps and step % log_steps == 0):
-      found = dict(evaluator.run(params))
-      top1 = [f"{v:.2%}" for k, v in found.items() if k.endswith("/top1")]
-      log.info("step %d  %s top-1 %s", step, name, " ".join(top1))
-      metrics.update(found)
+  for name, evaluator in evaluators.items():
+    found = dict(evaluator.run(params))
+    top1 = [f"{v:.2%}" for k, v in found.items() if k.endswith("/top1")]
+    log.info("step %d  %s top-1 %s", step, name, " ".join(top1))
+    metrics.update(found)
   if metrics and writer:
     writer.write(step, metrics)
   return metrics

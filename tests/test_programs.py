@@ -89,6 +89,7 @@ train.train_and_evaluate(
   small.config(
     total_steps=40,
     ckpt_steps=3,
+    evals__test__log_steps=3,
     ema_decay=0.9,
     mixup=dict(p=0.2),
     model__stochastic_depth=0.2,
@@ -128,6 +129,7 @@ def test_kill_9_and_again_ends_with_the_same_bits(tmp_path):
   assert small.results(killed) == small.results(undisturbed)
   # The rows of the metrics are those of one run too.
   assert _losses(killed) == _losses(undisturbed)
+  assert _evaluations(killed) == _evaluations(undisturbed)
 
 
 def _last_step(workdir):
@@ -138,6 +140,10 @@ def _last_step(workdir):
 def _losses(workdir):
   rows = metric_writer.read(workdir)
   return [(r["step"], r["train/loss"]) for r in rows if "train/loss" in r]
+
+
+def _evaluations(workdir):
+  return [r for r in metric_writer.read(workdir) if "train/loss" not in r]
 
 
 def _arrays(tree):
