@@ -22,13 +22,14 @@ setup(
     "numpy",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
+    "pillow",  # The embedded digits.
     "scikit-learn",  # The embedded digits.
     "tensorboard",  # clu.metric_writers needs it.
     "tensorflow>=2.21",
     "tensorflow-datasets>=4.9.10",
   ],
   extras_require={
-    "test": ["autograd", "pillow", "pytest", "pytest-xdist", "ruff"],
+    "test": ["autograd", "pytest", "pytest-xdist", "ruff"],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     # `tfds build`, the command line, needs both.

@@ -10,11 +10,11 @@ the test split.
 
 import ml_collections
 
-from lookup_vit import config_utils
+from configs import common
 
 
 def get_config(arg=None):
-  arg = config_utils.parse_arg(arg, seed=0, epochs=60.0, runlocal=False)
+  arg = common.parse_arg(arg, seed=0, epochs=60.0, runlocal=False)
   config = ml_collections.ConfigDict()
 
   config.seed = arg.seed
@@ -55,5 +55,5 @@ def get_config(arg=None):
 
   if arg.runlocal:
     config.model.depth = 1
-    config_utils.run_local(config)
+    common.run_local(config)
   return config

@@ -18,11 +18,11 @@ here in softmax form; the learning rate is that of ViT-S on ImageNet
 
 import ml_collections
 
-from lookup_vit import config_utils
+from configs import common
 
 
 def get_config(arg=None):
-  arg = config_utils.parse_arg(
+  arg = common.parse_arg(
     arg,
     folder="",
     train="train",
@@ -39,9 +39,9 @@ def get_config(arg=None):
   )
   if arg.runlocal:
     arg.variant, arg.res = "mu/4", 64
-  elif not arg.folder:
-    raise ValueError("image_folder.py wants your images: folder=FOLDER.")
-  randaug, mixup = config_utils.augreg("medium1")
+  elif not arg.folder or arg.batch < 1:
+    raise ValueError("image_folder.py wants folder=FOLDER, and batch >= 1.")
+  randaug, mixup = common.augreg("medium1")
   config = ml_collections.ConfigDict()
 
   config.seed = arg.seed
@@ -92,5 +92,5 @@ def get_config(arg=None):
   )
 
   if arg.runlocal:
-    config_utils.run_local(config)
+    common.run_local(config)
   return config

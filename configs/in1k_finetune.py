@@ -14,11 +14,12 @@ own. `runlocal` is for a trial, from a run that was made with `runlocal`.
 
 import ml_collections
 
+from configs import common
 from lookup_vit import config_utils
 
 
 def get_config(arg=None):
-  arg = config_utils.parse_arg(arg, **{"from": ""}, res=384, runlocal=False)
+  arg = common.parse_arg(arg, **{"from": ""}, res=384, runlocal=False)
   if not arg["from"]:
     raise ValueError("in1k_finetune.py wants the run to start from: from=...")
   if arg.runlocal:
@@ -72,5 +73,5 @@ def get_config(arg=None):
   )
 
   if arg.runlocal:
-    config_utils.run_local(config)
+    common.run_local(config)
   return config

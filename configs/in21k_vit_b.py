@@ -13,7 +13,7 @@ trial without ImageNet.
 
 import ml_collections
 
-from lookup_vit import config_utils
+from configs import common
 
 # The best setting on ImageNet-21k (AugReg, figure 4).
 AUG = {
@@ -27,14 +27,10 @@ AUG = {
 
 
 def get_config(arg=None):
-  arg = config_utils.parse_arg(
-    arg, variant="B/16", res=224, aug="", runlocal=False
-  )
+  arg = common.parse_arg(arg, variant="B/16", res=224, aug="", runlocal=False)
   if arg.runlocal:
     arg.variant, arg.res = "mu/4", 64
-  randaug, mixup = config_utils.augreg(
-    arg.aug or AUG.get(arg.variant, "medium2")
-  )
+  randaug, mixup = common.augreg(arg.aug or AUG.get(arg.variant, "medium2"))
   config = ml_collections.ConfigDict()
 
   config.seed = 0
@@ -88,5 +84,5 @@ def get_config(arg=None):
   )
 
   if arg.runlocal:
-    config_utils.run_local(config)
+    common.run_local(config)
   return config

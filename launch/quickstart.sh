@@ -5,7 +5,7 @@
 set -euo pipefail
 out="$(realpath -m "${1:-workdirs/quickstart}")"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/env.sh
+source launch/env.sh ""
 
 for model in lookup vit; do
   python -m lookup_vit.train --config="configs/digits_$model.py" \

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from flax import traverse_util
 
 from lookup_vit import config_utils
@@ -39,7 +38,7 @@ def check_workdir(workdir: str, config: Mapping[str, Any]) -> None:
     ValueError: the directory was made by another config; the fields that
       differ are listed.
   """
-  workdir = epath.Path(workdir)
+  workdir = config_utils.workdir_path(workdir)
   if (workdir / _CONFIG).exists():
     saved = config_utils.read_workdir(workdir).to_dict()
     lines = config_utils.differences(saved, config.to_dict())
@@ -55,7 +54,7 @@ def check_workdir(workdir: str, config: Mapping[str, Any]) -> None:
 def write_config(workdir: str, config: Mapping[str, Any]) -> None:
   """Writes a resolved config into its work directory."""
   if jax.process_index() == 0:
-    workdir = epath.Path(workdir)
+    workdir = config_utils.workdir_path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     # Atomic: a run killed here must not leave half a file.
     part = workdir / (_CONFIG + ".tmp")
@@ -115,7 +114,7 @@ class Checkpoints:
     keep_every: int | None = None,
     read_only: bool = False,
   ):
-    self.path = epath.Path(workdir).resolve() / _FOLDER
+    self.path = config_utils.workdir_path(workdir).resolve() / _FOLDER
     if read_only and not self.path.exists():
       raise ValueError(f"{workdir} has no checkpoint.")
     handlers = {
@@ -171,7 +170,7 @@ class Checkpoints:
       DamagedCheckpointError: it cannot be read, or not as it was written.
     """
     if sharding is None:
-      sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     has_ema = (self.path / str(step) / "ema").exists()
     name = "ema" if has_ema else "params"
     try:
@@ -252,7 +251,9 @@ def load_params(workdir: str, step: int | None = None, sharding: Any = None):
     checkpoints.close()
 
 
-def init_from(spec: str, params: Any, depth_scan: bool) -> Any:
+def init_from(
+  spec: str, params: Any, depth_scan: bool, sharding: Any = None
+) -> Any:
   """Parameters that start from another run's checkpoint (`config.model_init`).
 
   Blocks are converted between the layouts of scan and loop, positions resized
@@ -263,6 +264,7 @@ def init_from(spec: str, params: Any, depth_scan: bool) -> Any:
     spec: `WORKDIR` or `WORKDIR:STEP`.
     params: freshly initialised parameters.
     depth_scan: whether the model scans over its blocks.
+    sharding: to read the checkpoint with; of the first device by default.
 
   Raises:
     ValueError: no such checkpoint, or parameters that do not fit: names and
@@ -271,7 +273,7 @@ def init_from(spec: str, params: Any, depth_scan: bool) -> Any:
   match = re.fullmatch(r"(.+?)(?::(\d+))?", spec)
   workdir, step = match[1], match[2] and int(match[2])
   try:
-    source, step, _ = load_params(workdir, step)
+    source, step, _ = load_params(workdir, step, sharding)
   except ValueError as e:
     raise type(e)(f"config.model_init={spec!r}: {e}") from None
   convert = layers.stack_blocks if depth_scan else layers.unstack_blocks

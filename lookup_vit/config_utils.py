@@ -1,4 +1,4 @@
-"""Configs: reading, checking, completing and comparing them.
+"""Configs: loading, completing, checking and comparing them.
 
 A config file defines `get_config(arg=None) -> ml_collections.ConfigDict`.
 Fields are named as in big_vision wherever big_vision has the field.
@@ -8,16 +8,12 @@ import contextlib
 import difflib
 import importlib.util
 import json
-import logging
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import absl.logging
 import ml_collections
-from absl import app, flags
 from etils import epath
 
 CONFIG_FILE = "config.json"
@@ -73,6 +69,88 @@ DEFAULTS = dict(
   ckpt_keep_every=None,  # steps whose multiples are kept for ever
 )
 
+
+def _is_int(x):
+  return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _is_number(x):
+  return (_is_int(x) or isinstance(x, float)) and math.isfinite(x)
+
+
+def _list_of(fits):
+  return lambda x: isinstance(x, list) and all(map(fits, x))
+
+
+def _pair(second):
+  return lambda x: (
+    isinstance(x, list)
+    and len(x) == 2
+    and isinstance(x[0], str)
+    and second(x[1])
+  )
+
+
+def _optional(wanted):
+  fits, want = wanted
+  return (lambda x: x is None or fits(x)), f"{want}, or None"
+
+
+_GRID_OF_INTS = _list_of(lambda n: _is_int(n) and n >= 1)
+_TEXT = (lambda x: isinstance(x, str) and x != ""), "text"
+_COUNT = (lambda x: _is_int(x) and x >= 1), "an integer >= 1"
+_POSITIVE = (lambda x: _is_number(x) and x > 0), "a number > 0"
+_NOT_NEGATIVE = (lambda x: _is_number(x) and x >= 0), "a number >= 0"
+_MULTS = _list_of(_pair(_is_number)), "a list of (regex, number)"
+
+# What the value of a field must be: a test, and the same in words.
+_WANTED = {
+  "seed": ((lambda x: _is_int(x) and 0 <= x < 2**63), "an integer >= 0"),
+  "total_steps": _optional(_COUNT),
+  "total_epochs": _optional(_POSITIVE),
+  "model_name": _TEXT,
+  "num_classes": _optional(_COUNT),
+  "model_init": _optional(_TEXT),
+  "grids": _optional(
+    (
+      (lambda x: _list_of(_GRID_OF_INTS)(x) and x),
+      "a list of grids such as (5, 5), at least one",
+    )
+  ),
+  "task": _TEXT,
+  "loss": _TEXT,
+  "label_smoothing": (
+    (lambda x: _is_number(x) and 0 <= x < 1),
+    "a number in [0, 1)",
+  ),
+  "mixup.p": _NOT_NEGATIVE,
+  "cutmix.p": _NOT_NEGATIVE,
+  "input.pp": ((lambda x: isinstance(x, str)), "text"),
+  "input.image_size": (
+    (lambda x: _GRID_OF_INTS(x) and len(x) in (2, 3)),
+    "(rows, columns) or (time, rows, columns)",
+  ),
+  "input.batch_size": _COUNT,
+  "input.shuffle_buffer_size": _COUNT,
+  "optax_name": _TEXT,
+  "lr": _NOT_NEGATIVE,
+  "wd": _NOT_NEGATIVE,
+  "lr_mults": _MULTS,
+  "wd_mults": _MULTS,
+  "frozen": (_list_of(lambda x: isinstance(x, str)), "a list of regexes"),
+  "grad_clip_norm": _optional(_POSITIVE),
+  "grad_accum_steps": _COUNT,
+  "ema_decay": _optional(
+    ((lambda x: _is_number(x) and 0 < x < 1), "a number in (0, 1)")
+  ),
+  "mesh": (_list_of(_pair(_is_int)), "a list of (axis, size)"),
+  "log_training_steps": _COUNT,
+  "log_attention_logit": ((lambda x: isinstance(x, bool)), "True or False"),
+  "ckpt_steps": _COUNT,
+  "ckpt_keep": _optional(_COUNT),
+  "ckpt_keep_every": _optional(_COUNT),
+}
+
 # Fields that may differ when a work directory is taken up again: none of them
 # changes what is learned.
 _FREE = (
@@ -83,42 +161,8 @@ _FREE = (
   "ckpt_steps",
   "ckpt_keep",
   "ckpt_keep_every",
+  "input.data.data_dir",
 )
-
-
-def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
-  """Reads `"variant=L/16,res=384,runlocal"` as big_vision's configs do.
-
-  Args:
-    arg: what stands behind the colon of `--config=FILE:ARG`.
-    **defaults: the arguments there are; each is read as its default's type.
-
-  Raises:
-    ValueError: an unknown argument, or a value of another type.
-  """
-  values = dict(defaults)
-  for item in (arg or "").split(","):
-    name, eq, text = (part.strip() for part in item.partition("="))
-    if not name:
-      continue
-    if name not in defaults:
-      raise ValueError(
-        f"Unknown config argument {name!r}; there are {', '.join(defaults)}."
-      )
-    kind = type(defaults[name])
-    try:
-      if kind is bool:
-        values[name] = dict(true=True, false=False)[(text or "true").lower()]
-      else:
-        values[name] = kind(text)
-    except (KeyError, ValueError):
-      raise ValueError(
-        f"Config argument {name}={text!r}: want a value of type "
-        f"{kind.__name__}, such as {name}={defaults[name]}."
-      ) from None
-    if kind is not bool and not eq:
-      raise ValueError(f"Config argument {name} wants a value: {name}=...")
-  return ml_collections.ConfigDict(values)
 
 
 @contextlib.contextmanager
@@ -167,26 +211,31 @@ def resolve(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
     full = json.loads(json.dumps(full))
   except TypeError as e:
     raise ValueError(f"A config holds plain values only: {e}.") from None
-  for name in ("model_name", "lr"):
-    if full[name] is None:
-      raise ValueError(f"config.{name} is not set.")
-  for name in ("pp", "image_size", "batch_size"):
-    if full["input"][name] is None:
-      raise ValueError(f"config.input.{name} is not set.")
+  for path, (fits, want) in _WANTED.items():
+    value = full
+    for name in path.split("."):
+      value = value[name]
+    if value is None and fits(None) is False:
+      raise ValueError(f"config.{path} is not set; want {want}.")
+    if not fits(value):
+      raise ValueError(f"config.{path}={value!r}: want {want}.")
   if (full["total_steps"] is None) == (full["total_epochs"] is None):
     raise ValueError(
       "Set one of config.total_steps and config.total_epochs, not "
       + ("both." if full["total_steps"] is not None else "neither.")
     )
-  for name in ("log_training_steps", "ckpt_steps", "grad_accum_steps"):
-    if not isinstance(full[name], int) or full[name] < 1:
-      raise ValueError(f"config.{name}={full[name]!r}: want an integer >= 1.")
   batch, accum = full["input"]["batch_size"], full["grad_accum_steps"]
-  if not isinstance(batch, int) or batch < 1 or batch % accum:
+  if batch % accum:
     raise ValueError(
-      f"config.input.batch_size={batch!r}: want a positive integer, a multiple "
-      f"of config.grad_accum_steps={accum}."
+      f"config.input.batch_size={batch}: want a multiple of "
+      f"config.grad_accum_steps={accum}."
     )
+  for name, value in full["evals"].items():
+    if "/" in name or not isinstance(value, dict):
+      raise ValueError(
+        f"config.evals: want dicts by names without a slash, not {name!r}: "
+        f"{value!r}."
+      )
   return ml_collections.ConfigDict(full)
 
 
@@ -210,13 +259,25 @@ def _complete(defaults, given, where):
   return full
 
 
+def workdir_path(workdir: str) -> epath.Path:
+  """A work directory as a path, here or on `gs://`; `~` is expanded.
+
+  Raises:
+    ValueError: it is empty, or a file.
+  """
+  path = epath.Path(workdir).expanduser()
+  if not str(workdir) or path.is_file():
+    raise ValueError(f"workdir={str(workdir)!r}: want a directory.")
+  return path
+
+
 def read_workdir(workdir: str) -> ml_collections.ConfigDict:
   """The resolved config of a work directory.
 
   Raises:
     ValueError: there is none, or it cannot be read.
   """
-  path = epath.Path(workdir) / CONFIG_FILE
+  path = workdir_path(workdir) / CONFIG_FILE
   if not path.exists():
     raise ValueError(f"{workdir} is no work directory: no {CONFIG_FILE} there.")
   try:
@@ -225,26 +286,8 @@ def read_workdir(workdir: str) -> ml_collections.ConfigDict:
     raise ValueError(f"{path} is damaged: {e}.") from None
   if not isinstance(config, dict):
     raise ValueError(f"{path} is damaged: it holds no object.")
-  return resolve(config)
-
-
-def run_local(config: ml_collections.ConfigDict) -> None:
-  """Makes a config's run a matter of seconds: few steps on the digits.
-
-  Model and image size are for the config itself to make small.
-  """
-  config.num_classes = 10
-  config.input.data = dict(module="data.digits", split="train[:64]")
-  config.input.batch_size = 8
-  config.input.shuffle_buffer_size = 64
-  for evaluator in config.evals.values():
-    evaluator.data = dict(module="data.digits", split="test[:20]")
-    evaluator.log_steps = None
-  config.total_steps = 6
-  config.total_epochs = None
-  config.schedule = dict(warmup_steps=2, decay_type="cosine")
-  config.log_training_steps = 2
-  config.ckpt_steps = 3
+  with at_fault(str(path)):
+    return resolve(config)
 
 
 def total_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
@@ -269,8 +312,8 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
   def compare(x, y, where):
     if isinstance(x, dict) and isinstance(y, dict):
       for name in sorted({*x, *y}):
-        if where or name not in _FREE:
-          path = f"{where}.{name}" if where else name
+        path = f"{where}.{name}" if where else name
+        if path not in _FREE:
           compare(x.get(name), y.get(name), path)
     elif x != y:
       lines.append(f"{where}: {x!r}, now {y!r}")
@@ -297,96 +340,3 @@ def parse_grid(text: str) -> tuple[int, ...]:
 def format_grid(grid) -> str:
   """`(5, 5)` to `"5x5"`."""
   return "x".join(str(g) for g in grid)
-
-
-def run(main: Callable[[Any], Any]) -> None:
-  """Runs a program's `main` under absl, with readable logs and errors.
-
-  A ValueError, FileNotFoundError or FloatingPointError is the user's to mend:
-  its message alone is printed, and the exit code is 1. `--verbosity=1` shows
-  the traceback.
-  """
-
-  def debug():
-    return absl.logging.get_verbosity() >= absl.logging.DEBUG
-
-  def guarded(function):
-    def call(argv):
-      try:
-        return function(argv)
-      except (ValueError, FileNotFoundError, FloatingPointError) as e:
-        if debug():
-          raise
-        sys.exit(f"error: {e}")
-      except OSError as e:
-        # config_flags raises this where a config that it could not read is
-        # used; the last line names the file.
-        if debug() or "Configuration is not available" not in str(e):
-          raise
-        sys.exit(f"error: {str(e).strip().splitlines()[-1].strip()}")
-
-    return call
-
-  def logged(argv):
-    setup_logging(debug())
-    main(argv)
-
-  def parse(argv):
-    # This calls the config's get_config, whose errors come with a traceback.
-    try:
-      return flags.FLAGS(argv)
-    except flags.Error as e:
-      text = str(e).strip()
-      if debug() or "Traceback" not in text:
-        sys.exit(f"error: {text}\nTry --help.")
-      text = text.splitlines()[-1].strip()
-      sys.exit(f"error: {text.removeprefix('ValueError: ')}")
-    except AttributeError as e:
-      if debug():
-        raise
-      sys.exit(
-        f"error: the config has no field {e} to override; add it to the file."
-      )
-
-  app.run(guarded(logged), flags_parser=parse)
-
-
-def setup_logging(debug: bool = False) -> None:
-  """Sends this package's log to stderr; of other packages, errors only."""
-  log = logging.getLogger("lookup_vit")
-  log.setLevel(logging.DEBUG if debug else logging.INFO)
-  log.propagate = False
-  if not log.handlers:
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-      logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-    )
-    log.addHandler(handler)
-  if not debug:
-    absl.logging.set_verbosity(absl.logging.ERROR)
-    logging.getLogger().setLevel(logging.ERROR)
-
-
-# RandAugment and mixup of AugReg's presets (arXiv:2106.10270, figure 4, by
-# big_vision's configs/vit_i21k.py).
-_AUGREG = {
-  "none": ("", 0.0),
-  "light1": ("randaug(2,0)", 0.0),
-  "light2": ("randaug(2,10)", 0.2),
-  "medium1": ("randaug(2,15)", 0.2),
-  "medium2": ("randaug(2,15)", 0.5),
-  "strong1": ("randaug(2,20)", 0.5),
-  "strong2": ("randaug(2,20)", 0.8),
-}
-
-
-def augreg(name: str) -> tuple[str, dict[str, float]]:
-  """The op-string and the `config.mixup` of an AugReg preset.
-
-  Raises:
-    ValueError: there is no such preset.
-  """
-  if name not in _AUGREG:
-    raise ValueError(f"AugReg preset {name!r}: want one of {list(_AUGREG)}.")
-  randaug, p = _AUGREG[name]
-  return randaug, dict(p=p)

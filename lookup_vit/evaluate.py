@@ -6,13 +6,13 @@ python -m lookup_vit.evaluate --workdir=workdirs/digits_lookup
 import json
 from typing import Any
 
+import jax
 from absl import flags
-from etils import epath
 
 from lookup_vit import (
   checkpoints,
+  cli,
   config_utils,
-  datasets,
   parallel,
   train,
   train_step,
@@ -40,10 +40,7 @@ def evaluate(workdir: str, step: int | None = None) -> list[dict[str, Any]]:
   config = config_utils.read_workdir(workdir)
   if not config.evals:
     raise ValueError(f"The config of {workdir} names no evaluators.")
-  steps = config_utils.total_steps(
-    config, datasets.num_examples(config.input.data)
-  )
-  program = train_step.Program(config, steps)
+  program = train_step.Program(config, config.total_steps)
   evaluators = train.make_evaluators(program, config.evals)
   params, step, _ = checkpoints.load_params(
     workdir, step, parallel.replicated(program.mesh)
@@ -52,7 +49,9 @@ def evaluate(workdir: str, step: int | None = None) -> list[dict[str, Any]]:
   for evaluator, _ in evaluators.values():
     metrics.update(evaluator.run(params))
   rows = summary.results(program, metrics)
-  path = epath.Path(workdir) / f"evaluation_{step}.json"
+  if jax.process_index() != 0:
+    return rows
+  path = config_utils.workdir_path(workdir) / f"evaluation_{step}.json"
   path.write_text(json.dumps(rows, indent=2))
   return rows
 
@@ -61,10 +60,11 @@ def main(argv):
   """Evaluates by the flags and prints the table."""
   del argv
   rows = evaluate(FLAGS.workdir, FLAGS.step)
-  print(accuracy_vs_flops.table(rows))
+  if jax.process_index() == 0:
+    print(accuracy_vs_flops.table(rows))
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Of a training run.", required=True)
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
-  config_utils.run(main)
+  cli.run(main)

@@ -3,11 +3,10 @@
 import json
 from collections.abc import Mapping
 
-from lookup_vit import quiet_tensorflow  # noqa: F401
+from lookup_vit import config_utils, quiet_tensorflow  # noqa: F401
 
 # isort: split
 from clu import metric_writers
-from etils import epath
 
 _FILE = "metrics.jsonl"
 
@@ -24,7 +23,7 @@ class MetricWriter:
   """
 
   def __init__(self, workdir: str, start_step: int):
-    path = epath.Path(workdir) / _FILE
+    path = config_utils.workdir_path(workdir) / _FILE
     if path.exists():
       kept = [r for r in read(workdir) if r["step"] <= start_step]
       part = path.with_suffix(".tmp")
@@ -49,7 +48,8 @@ class MetricWriter:
 def read(workdir: str) -> list[dict[str, float | str]]:
   """The lines of `metrics.jsonl`; a last line cut off in writing is dropped."""
   rows = []
-  for line in (epath.Path(workdir) / _FILE).read_text().splitlines():
+  path = config_utils.workdir_path(workdir) / _FILE
+  for line in path.read_text().splitlines():
     try:
       rows.append(json.loads(line))
     except json.JSONDecodeError:

@@ -62,6 +62,8 @@ def make(
   ]
   tx = optax.chain(*steps)
   labels = trainable(config, params)
+  if not any(jax.tree.leaves(labels)):
+    raise ValueError(f"config.frozen={list(config.frozen)} leaves nothing.")
   if not all(jax.tree.leaves(labels)):
     # No state and no update for what is frozen.
     names = jax.tree.map(lambda t: "trained" if t else "frozen", labels)
@@ -216,6 +218,12 @@ def make_schedule(
   if "warmup_examples" in options:
     warmup = round(get("warmup_examples") / batch_size)
   cooldown = get("cooldown_steps", 0)
+  timescale = get("timescale", 10_000)
+  if min(warmup, cooldown) < 0 or timescale <= 0:
+    raise ValueError(
+      f"config.schedule={dict(options)}: warm-up and cooldown cannot be "
+      "negative, and timescale is more than 0."
+    )
   if warmup + cooldown > total_steps:
     raise ValueError(
       f"config.schedule: a warm-up of {warmup} and a cooldown of {cooldown} "
@@ -227,7 +235,6 @@ def make_schedule(
   elif kind == "linear":
     decay = optax.linear_schedule(1.0, get("linear_end", 0.0), decay_steps)
   elif kind == "rsqrt":
-    timescale = get("timescale", 10_000)
     decay = lambda step: jax.lax.rsqrt(1.0 + step / timescale)  # noqa: E731
   elif kind == "constant":
     decay = optax.constant_schedule(1.0)

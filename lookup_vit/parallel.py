@@ -48,6 +48,8 @@ def check_batch(
   name: str, batch_size: int, mesh: Mesh, grad_accum_steps: int = 1
 ) -> None:
   """Raises ValueError where a global batch does not split over the devices."""
+  if not isinstance(batch_size, int) or batch_size < 1:
+    raise ValueError(f"{name}={batch_size!r}: want an integer >= 1.")
   count = mesh.shape["data"]
   if batch_size % (count * grad_accum_steps):
     accum = (

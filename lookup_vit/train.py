@@ -8,7 +8,6 @@ import collections
 import datetime
 import itertools
 import logging
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from ml_collections import config_flags
 
 from lookup_vit import (
   checkpoints,
+  cli,
   config_utils,
   datasets,
   input_pipeline,
@@ -59,12 +59,15 @@ def train_and_evaluate(
   """
   # What can be wrong is found first.
   config = config_utils.resolve(config)
+  train_step.build_model(config)
   data = config.input.data
   with config_utils.at_fault("config.input"):
     num_examples = datasets.num_examples(data)
     if config.num_classes is None:
       config.num_classes = datasets.num_classes(data)
+  # Known from here on: to evaluate a run, its training data are not needed.
   total_steps = config_utils.total_steps(config, num_examples)
+  config.total_steps, config.total_epochs = total_steps, None
   checkpoints.check_workdir(workdir, config)
   program = train_step.Program(config, total_steps)
   check_classes(config, data, "config.input.data")
@@ -159,7 +162,7 @@ def restore_or_init(
   if program.config.model_init is None:
     return state
   params = checkpoints.init_from(
-    program.config.model_init, state.params, program.model.scan
+    program.config.model_init, state.params, program.model.scan, sharding
   )
   return program.init_state(params)
 
@@ -176,13 +179,17 @@ def make_evaluators(
   for name, fields in evals.items():
     fields = fields.to_dict()
     where = f"config.evals.{name}"
-    module = train_step.import_part(
-      "evaluators", fields.pop("type", None), f"{where}.type"
+    make = train_step.import_part(
+      "evaluators", fields.pop("type", None), "Evaluator", f"{where}.type"
     )
     log_steps = fields.pop("log_steps", None)
+    if log_steps is not None and not (
+      isinstance(log_steps, int) and log_steps > 0
+    ):
+      raise ValueError(f"{where}.log_steps={log_steps!r}: want an integer > 0.")
     try:
       with config_utils.at_fault(where):
-        evaluator = module.Evaluator(program, name, **fields)
+        evaluator = make(program, name, **fields)
     except TypeError as e:
       raise ValueError(f"{where}: {e}.") from e
     evaluators[name] = (evaluator, log_steps)
@@ -313,11 +320,11 @@ def _images(evaluators, count=4):
 def main(argv):
   """Trains by the flags."""
   del argv
-  train_and_evaluate(FLAGS.config, os.path.expanduser(FLAGS.workdir))
+  train_and_evaluate(FLAGS.config, FLAGS.workdir)
 
 
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARGS]")
   flags.DEFINE_string("workdir", None, "Where the run is written.")
   flags.mark_flags_as_required(["config", "workdir"])
-  config_utils.run(main)
+  cli.run(main)

@@ -34,20 +34,21 @@ class TrainState:
   ema: Any = None
 
 
-def import_part(room: str, name: str, field: str) -> Any:
-  """Imports `lookup_vit.<room>.<name>`.
+def import_part(room: str, name: str, attribute: str, field: str) -> Any:
+  """The `attribute` of `lookup_vit.<room>.<name>`.
 
   Raises:
-    ValueError: there is no such module; `field` is the config field at fault.
+    ValueError: there is none; `field` is the config field at fault.
   """
   module = f"lookup_vit.{room}.{name}"
   try:
-    return importlib.import_module(module)
-  except ModuleNotFoundError as e:
-    if e.name != module:
+    return getattr(importlib.import_module(module), attribute)
+  except (ModuleNotFoundError, AttributeError) as e:
+    if e.name not in (module, attribute):
       raise
     raise ValueError(
-      f"{field}={name!r}: there is no {module.replace('.', '/')}.py."
+      f"{field}={name!r}: there is no {module.replace('.', '/')}.py with "
+      f"{attribute}."
     ) from None
 
 
@@ -57,9 +58,8 @@ def build_model(config: ml_collections.ConfigDict) -> Any:
   Raises:
     ValueError: unknown model, variant or field.
   """
-  module = import_part("models", config.model_name, "config.model_name")
-  fields = config.model.to_dict()
-  return module.Model(config.num_classes, **fields)
+  make = import_part("models", config.model_name, "Model", "config.model_name")
+  return make(config.num_classes, **config.model.to_dict())
 
 
 def train_grids(config: ml_collections.ConfigDict, model: Any) -> list[Any]:
@@ -111,12 +111,30 @@ class Program:
     )
     self.model = build_model(config)
     self.grids = train_grids(config, self.model)
-    self.task = import_part("tasks", config.task, "config.task").Task(config)
+    self.task = import_part("tasks", config.task, "Task", "config.task")(config)
     for grid in self.grids:
       shapes = jax.eval_shape(functools.partial(self._init_params, grid=grid))
     self.tx, self.learning_rate = optim.make(config, shapes, total_steps)
     self.trainable = optim.trainable(config, shapes)
-    self.state_shapes = jax.eval_shape(self._init_state)
+    try:
+      self.state_shapes = jax.eval_shape(self._init_state)
+      self._trace()
+    except TypeError as e:
+      raise ValueError(f"The config does not work: {e}") from e
+
+  def _trace(self):
+    """Update and evaluation by shapes, to find what cannot work."""
+    shape = (self.config.input.batch_size, *self.config.input.image_size, 3)
+    batch = {
+      "image": jax.ShapeDtypeStruct(shape, jnp.float32),
+      "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32),
+    }
+    grid = self.grids[0]
+    update = functools.partial(self.update, grid=grid)
+    jax.eval_shape(update, self.state_shapes, batch)
+    batch["_mask"] = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+    evaluate = functools.partial(self.evaluate, grid=grid)
+    jax.eval_shape(evaluate, self.state_shapes.params, batch)
 
   def _init_params(self, grid=None):
     rng = jax.random.fold_in(jax.random.key(self.config.seed), 0)
@@ -163,6 +181,11 @@ class Program:
         f"{field} makes images of shape {got}, config.input.image_size wants "
         f"{want}."
       )
+    if spec["image"].dtype != "float32":
+      raise ValueError(
+        f"{field} makes images of {spec['image'].dtype.name}; want float32 in "
+        "[-1, 1]: add value_range(-1,1)."
+      )
     if "labels" in spec and spec["labels"].shape[1] != self.config.num_classes:
       raise ValueError(
         f"{field} makes targets of {spec['labels'].shape[1]} classes, "
@@ -195,10 +218,10 @@ class Program:
         scalars["attention_logit_max"] = jnp.max(out["attention_logit_max"])
       return loss, {"loss": loss, **scalars}
 
-    value_and_grad = jax.grad(loss_fn, has_aux=True)
+    grad_fn = jax.grad(loss_fn, has_aux=True)
     accum = self.config.grad_accum_steps
     if accum == 1:
-      return value_and_grad(params, batch, rng)
+      return grad_fn(params, batch, rng)
 
     # Example i goes to micro-batch i mod accum: each device keeps its share.
     micro = jax.tree.map(
@@ -207,14 +230,12 @@ class Program:
 
     def body(total, xs):
       index, part = xs
-      grads = value_and_grad(params, part, jax.random.fold_in(rng, index))
+      grads = grad_fn(params, part, jax.random.fold_in(rng, index))
       return jax.tree.map(jnp.add, total, grads), grads[1]
 
     zeros = jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype),
-      jax.eval_shape(
-        value_and_grad, params, jax.tree.map(lambda x: x[0], micro), rng
-      ),
+      jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], micro), rng),
     )
     total, each = jax.lax.scan(body, zeros, (jnp.arange(accum), micro))
     grads, scalars = jax.tree.map(lambda x: x / accum, total)

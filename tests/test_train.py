@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorflow as tf
 
 from lookup_vit import (
   checkpoints,
@@ -230,6 +231,29 @@ def test_frozen_parameters_do_not_move(tmp_path):
     (dict(input__image_size=(64, 64)), ["(32, 32, 3)", "(64, 64, 3)"]),
     (dict(num_classes=7), ["10 classes", "7"]),
     (dict(mesh=[("data", 3)]), ["config.mesh", "1 device"]),
+    (dict(lr="abc"), ["config.lr='abc'", "number"]),
+    (dict(seed=-1), ["config.seed=-1"]),
+    (dict(ckpt_keep=0), ["config.ckpt_keep=0"]),
+    (dict(grad_clip_norm=-1), ["config.grad_clip_norm=-1"]),
+    (dict(ema_decay=2), ["config.ema_decay=2"]),
+    (dict(grids=[]), ["config.grids=[]"]),
+    (dict(grids=["2x2"]), ["config.grids=['2x2']"]),
+    (dict(input__shuffle_buffer_size=0), ["shuffle_buffer_size=0"]),
+    (dict(input__image_size=32), ["config.input.image_size=32"]),
+    (dict(input__pp="decode|keep('image','label')"), ["value_range"]),
+    (dict(optax=dict(b1="x")), ["config"]),
+    (dict(optax=dict(beta=1)), ["config.optax", "beta"]),
+    (dict(frozen=[".*"]), ["config.frozen"]),
+    (dict(schedule=dict(warmup_steps=-5)), ["config.schedule", "warmup_steps"]),
+    (dict(model__depth=0), ["depth=0"]),
+    (dict(model__dropout="a"), ["dropout='a'"]),
+    (dict(model__dtype="float31"), ["dtype='float31'"]),
+    (dict(model_name="layers"), ["config.model_name='layers'", "Model"]),
+    (dict(task="mixing"), ["config.task='mixing'", "Task"]),
+    (dict(evals__test__batch_size=0), ["config.evals.test.batch_size=0"]),
+    (dict(evals__test__grids=[]), ["config.evals.test.grids"]),
+    (dict(evals__test__log_steps=-1), ["config.evals.test.log_steps=-1"]),
+    (dict(evals={"a/b": {}}), ["a/b"]),
     (dict(loss="hinge"), ["config.loss='hinge'", "softmax_xent"]),
     (dict(optax_name="lion"), ["config.optax_name='lion'", "adamw"]),
     (dict(frozen=["nothing"]), ["config.frozen", "'nothing'"]),
@@ -256,7 +280,28 @@ def test_what_cannot_work_is_said_before_anything_is_written(
     train.train_and_evaluate(small.config(**fields), workdir)
   for word in words:
     assert word in str(e.value)
-  assert not os.path.exists(os.path.join(workdir, "config.json"))
+  assert not os.path.exists(workdir)
+
+
+def test_a_work_directory_that_is_a_file(tmp_path):
+  path = tmp_path / "file"
+  path.write_text("")
+  with pytest.raises(ValueError, match="workdir=.*file"):
+    train.train_and_evaluate(small.config(), str(path))
+  assert path.read_text() == ""
+
+
+def test_evaluation_of_more_classes_than_the_model_has(tmp_path):
+  folder = tmp_path / "folder"
+  image = tf.io.encode_png(np.zeros((32, 32, 3), np.uint8)).numpy()
+  for i in range(12):
+    (folder / "val" / f"{i:02}").mkdir(parents=True)
+    (folder / "val" / f"{i:02}" / "0.png").write_bytes(image)
+  config = small.config()
+  config.evals.test.data = dict(folder=str(folder), split="val")
+  config.evals.test.pp_fn = "decode|resize(32)|value_range(-1,1)"
+  with pytest.raises(ValueError, match="config.evals.test.data has 12 classes"):
+    train.train_and_evaluate(config, str(tmp_path / "run"))
 
 
 def test_a_work_directory_of_another_config(run):

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from lookup_vit import config_utils
+from lookup_vit import cli, config_utils
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -31,7 +31,7 @@ def read(workdir: str) -> list[Row]:
   Raises:
     ValueError: the run has not come to its end, or is no run.
   """
-  path = epath.Path(workdir) / "results.json"
+  path = config_utils.workdir_path(workdir) / "results.json"
   if not path.exists():
     raise ValueError(f"{workdir} has no results.json: no finished run.")
   return json.loads(path.read_text())
@@ -138,4 +138,4 @@ if __name__ == "__main__":
   flags.DEFINE_list("workdirs", None, "Work directories.", required=True)
   flags.DEFINE_string("output", "accuracy_vs_flops.png", "The PNG to draw.")
   flags.DEFINE_bool("over_seeds", False, "Runs are of several seeds: means.")
-  config_utils.run(main)
+  cli.run(main)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from lookup_vit import config_utils, train_step
+from lookup_vit import cli, config_utils, train_step
 from lookup_vit.models import tokens
 
 FLAGS = flags.FLAGS
@@ -131,4 +131,4 @@ if __name__ == "__main__":
   flags.DEFINE_list(
     "grid", None, "Compressed grids, as 3x3,5x5; the config's if not set."
   )
-  config_utils.run(main)
+  cli.run(main)

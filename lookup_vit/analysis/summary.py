@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from lookup_vit import config_utils
 from lookup_vit.analysis import accuracy_vs_flops, attention_maps, flops
@@ -33,7 +32,7 @@ def write(
     images: `[batch, height, width, 3]` in [-1, 1], for the attention maps.
   """
   rows = results(program, metrics)
-  folder = epath.Path(workdir)
+  folder = config_utils.workdir_path(workdir)
   (folder / "results.json").write_text(json.dumps(rows, indent=2))
   if any("top1" in row for row in rows):
     print(accuracy_vs_flops.table(rows), flush=True)

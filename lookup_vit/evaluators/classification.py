@@ -43,8 +43,9 @@ class Evaluator:
     self.program = program
     self.name = name
     self.data = data
-    self.grids = [tuple(g) for g in grids] if grids else program.grids
-    batch_size = batch_size or config.input.batch_size
+    self.grids = program.grids
+    if batch_size is None:
+      batch_size = config.input.batch_size
     parallel.check_batch(
       f"config.evals.{name}.batch_size", batch_size, program.mesh
     )
@@ -64,10 +65,13 @@ class Evaluator:
         f"config.evals.{name}.data has {classes} classes, config.num_classes "
         f"is {config.num_classes}."
       )
-    if grids:
+    if grids is not None:
+      self.grids = [tuple(g) for g in grids]
       self._check_grids(f"config.evals.{name}.grids")
 
   def _check_grids(self, field):
+    if not self.grids:
+      raise ValueError(f"{field} is empty.")
     model = self.program.model
     if not hasattr(model, "grid"):
       raise ValueError(f"{field}: the model has no compressed grid.")

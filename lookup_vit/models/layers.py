@@ -49,6 +49,17 @@ class LayerConfig:
         raise ValueError(f"{name}={getattr(self, name)!r}: want 0 <= rate < 1.")
 
 
+def compute_dtype(name: str) -> jnp.dtype:
+  """The dtype of a model's computation.
+
+  Raises:
+    ValueError: it is neither float32 nor bfloat16 nor float16.
+  """
+  if name not in ("float32", "bfloat16", "float16"):
+    raise ValueError(f"dtype={name!r}: want float32, bfloat16 or float16.")
+  return jnp.dtype(name)
+
+
 def layer_norm(cfg: LayerConfig, name: str | None = None) -> nn.LayerNorm:
   """LayerNorm: statistics in float32, output in the compute dtype."""
   return nn.LayerNorm(epsilon=cfg.norm_eps, dtype=cfg.dtype, name=name)

@@ -123,7 +123,7 @@ class LookupViT(nn.Module):
     capture: tuple[str, ...] = (),
   ) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
     layers.check_width(self.width, self.num_heads)
-    dtype = jnp.dtype(self.dtype)
+    dtype = layers.compute_dtype(self.dtype)
     cfg = layers.LayerConfig(
       num_heads=self.num_heads,
       dropout=self.dropout,

@@ -8,6 +8,8 @@ from typing import Any
 
 import flax.linen as nn
 
+from lookup_vit.models import tokens
+
 # Width, depth, MLP width and heads as in big_vision's models/vit.py; sources:
 # ViT (arXiv:2010.11929), DeiT (Ti, S), Scaling ViT (arXiv:2106.04560: g).
 _VARIANTS = {
@@ -19,6 +21,28 @@ _VARIANTS = {
   "L": (1024, 24, 4096, 16),
   "H": (1280, 32, 5120, 16),
   "g": (1408, 40, 6144, 16),
+}
+
+
+def _is_int(x):
+  return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+
+
+def _is_grid(x):
+  return isinstance(x, tuple) and len(x) > 0 and all(map(_is_int, x))
+
+
+# What the value of a field must be by its type: a test, and the same in words.
+_WANTED = {
+  int: (_is_int, "an integer >= 1"),
+  int | None: ((lambda x: x is None or _is_int(x)), "an integer >= 1, or None"),
+  float: (
+    (lambda x: isinstance(x, int | float) and not isinstance(x, bool)),
+    "a number",
+  ),
+  bool: ((lambda x: isinstance(x, bool)), "True or False"),
+  str: ((lambda x: isinstance(x, str)), "text"),
+  tokens.Grid: (_is_grid, "a grid such as (5, 5)"),
 }
 
 
@@ -36,7 +60,9 @@ def decode_variant(variant: str) -> dict[str, Any]:
   Raises:
     ValueError: the size is not known or the patch cannot be read.
   """
-  match = re.fullmatch(r"(\w+)/(\d+(?:x\d+){0,2})", variant)
+  match = isinstance(variant, str) and re.fullmatch(
+    r"(\w+)/(\d+(?:x\d+){0,2})", variant
+  )
   if not match or match[1] not in _VARIANTS:
     raise ValueError(
       f"Unknown variant {variant!r}: want SIZE/PATCH such as 'B/16' for images "
@@ -66,9 +92,14 @@ def build(
   """Makes a model from a variant and the fields that override it.
 
   Raises:
-    ValueError: a field the model does not have, or the variant is unknown.
+    ValueError: a field the model does not have or of another type, or the
+      variant is unknown.
   """
-  known = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
+  known = {
+    f.name: f.type
+    for f in dataclasses.fields(cls)
+    if f.name not in ("parent", "name", "num_classes")
+  }
   for name in fields:
     if name not in known:
       close = difflib.get_close_matches(name, known, 1)
@@ -80,4 +111,8 @@ def build(
   fields = {
     k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
   }
+  for name, value in fields.items():
+    fits, want = _WANTED[known[name]]
+    if not fits(value):
+      raise ValueError(f"{cls.__name__}.{name}={value!r}: want {want}.")
   return cls(num_classes=num_classes, **{**decode_variant(variant), **fields})

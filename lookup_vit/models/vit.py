@@ -81,7 +81,7 @@ class ViT(nn.Module):
     if self.pool not in ("gap", "map", "tok"):
       raise ValueError(f"pool={self.pool!r}: want 'gap', 'map' or 'tok'.")
     layers.check_width(self.width, self.num_heads)
-    dtype = jnp.dtype(self.dtype)
+    dtype = layers.compute_dtype(self.dtype)
     cfg = layers.LayerConfig(
       num_heads=self.num_heads,
       dropout=self.dropout,

@@ -33,14 +33,6 @@ class Task:
       raise ValueError(
         f"config.loss={config.loss!r}: want softmax_xent or sigmoid_xent."
       )
-    if not 0 <= config.label_smoothing < 1:
-      raise ValueError(
-        f"config.label_smoothing={config.label_smoothing}: want 0 <= s < 1."
-      )
-    for name in ("mixup", "cutmix"):
-      p = config[name].p
-      if not isinstance(p, int | float) or p < 0:
-        raise ValueError(f"config.{name}.p={p!r}: want a number >= 0.")
     mixed = config.mixup.p or config.cutmix.p
     if mixed and config.input.batch_size % 2:
       raise ValueError(
@@ -91,11 +83,13 @@ class Task:
   ) -> tuple[dict[str, Float[Array, " b"]], Float[Array, " b"]]:
     """Loss, top-1 and top-5 of each example, of every head, and its weight.
 
-    With several right classes, any of them counts (as ImageNet-ReaL does); an
-    example without one has weight zero.
+    Of multi-hot `labels`, any class counts as right (as ImageNet-ReaL does),
+    and an example without one has weight zero.
     """
     targets = self.targets(batch)
-    counts = batch["_mask"] * (jnp.max(targets, axis=-1) > 0)
+    counts = batch["_mask"]
+    if "labels" in batch:
+      counts = counts * (jnp.max(targets, axis=-1) > 0)
     metrics = {}
     predictions = {"": logits}
     predictions.update({f"_{n}": x for n, x in _heads(out).items()})

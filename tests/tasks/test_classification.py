@@ -240,11 +240,11 @@ def test_prediction_is_of_the_mean_of_the_heads():
     (dict(num_classes=0), ["config.num_classes=0"]),
     (dict(num_classes=10.0), ["config.num_classes=10.0"]),
     (dict(loss="l2"), ["config.loss='l2'", "softmax_xent or sigmoid_xent"]),
-    (dict(label_smoothing=1.0), ["config.label_smoothing=1.0", "0 <= s < 1"]),
+    (dict(label_smoothing=1.0), ["config.label_smoothing=1.0", "[0, 1)"]),
     (dict(label_smoothing=-0.1), ["config.label_smoothing=-0.1"]),
     (dict(mixup=dict(p=-1)), ["config.mixup.p=-1", ">= 0"]),
     (dict(cutmix=dict(p="1")), ["config.cutmix.p='1'", ">= 0"]),
-    (dict(cutmix=dict(p=None)), ["config.cutmix.p=None"]),
+    (dict(cutmix=dict(p=None)), ["config.cutmix.p is not set"]),
     (
       dict(
         mixup=dict(p=0.2), input=dict(pp="", image_size=(8, 8), batch_size=5)

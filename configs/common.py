@@ -1,0 +1,83 @@
+"""What config files share: arguments, AugReg's presets, and small trials."""
+
+from typing import Any
+
+import ml_collections
+
+# RandAugment and mixup of AugReg's presets (arXiv:2106.10270, figure 4, by
+# big_vision's configs/vit_i21k.py).
+_AUGREG = {
+  "none": ("", 0.0),
+  "light1": ("randaug(2,0)", 0.0),
+  "light2": ("randaug(2,10)", 0.2),
+  "medium1": ("randaug(2,15)", 0.2),
+  "medium2": ("randaug(2,15)", 0.5),
+  "strong1": ("randaug(2,20)", 0.5),
+  "strong2": ("randaug(2,20)", 0.8),
+}
+
+
+def augreg(name: str) -> tuple[str, dict[str, float]]:
+  """The op-string and the `config.mixup` of an AugReg preset.
+
+  Raises:
+    ValueError: there is no such preset.
+  """
+  if name not in _AUGREG:
+    raise ValueError(f"AugReg preset {name!r}: want one of {list(_AUGREG)}.")
+  randaug, p = _AUGREG[name]
+  return randaug, dict(p=p)
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
+  """Reads `"variant=L/16,res=384,runlocal"` as big_vision's configs do.
+
+  Args:
+    arg: what stands behind the colon of `--config=FILE:ARG`.
+    **defaults: the arguments there are; each is read as its default's type.
+
+  Raises:
+    ValueError: an unknown argument, or a value of another type.
+  """
+  values = dict(defaults)
+  for item in (arg or "").split(","):
+    name, eq, text = (part.strip() for part in item.partition("="))
+    if not name:
+      continue
+    if name not in defaults:
+      raise ValueError(
+        f"Unknown config argument {name!r}; there are {', '.join(defaults)}."
+      )
+    kind = type(defaults[name])
+    try:
+      if kind is bool:
+        values[name] = dict(true=True, false=False)[(text or "true").lower()]
+      else:
+        values[name] = kind(text)
+    except (KeyError, ValueError):
+      raise ValueError(
+        f"Config argument {name}={text!r}: want a value of type "
+        f"{kind.__name__}, such as {name}={defaults[name]}."
+      ) from None
+    if kind is not bool and not eq:
+      raise ValueError(f"Config argument {name} wants a value: {name}=...")
+  return ml_collections.ConfigDict(values)
+
+
+def run_local(config: ml_collections.ConfigDict) -> None:
+  """Makes a config's run a matter of seconds: few steps on the digits.
+
+  Model and image size are for the config itself to make small.
+  """
+  config.num_classes = 10
+  config.input.data = dict(module="data.digits", split="train[:64]")
+  config.input.batch_size = 8
+  config.input.shuffle_buffer_size = 64
+  for evaluator in config.evals.values():
+    evaluator.data = dict(module="data.digits", split="test[:20]")
+    evaluator.log_steps = None
+  config.total_steps = 6
+  config.total_epochs = None
+  config.schedule = dict(warmup_steps=2, decay_type="cosine")
+  config.log_training_steps = 2
+  config.ckpt_steps = 3
