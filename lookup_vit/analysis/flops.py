@@ -110,6 +110,8 @@ def main(argv):
   """Prints the table of a config."""
   del argv
   config = config_utils.resolve(config_utils.load(FLAGS.config))
+  if config.num_classes is None:  # To be read off the data.
+    config.num_classes = 1000
   model = train_step.build_model(config)
   grids = train_step.train_grids(config, model)
   if FLAGS.grid:
