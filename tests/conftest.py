@@ -17,7 +17,12 @@ os.environ["TFDS_DATA_DIR"] = os.path.join(_FOLDER, "tensorflow_datasets")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_FOLDER, "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# LLVM's optimisations take longer than the tiny programs gain from them.
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Compiling takes longer than the tiny programs gain from it.
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+  ]
 )

@@ -1,18 +1,15 @@
 """Tests of lookup_vit/input_pipeline.py."""
 
 import itertools
-import logging
-import sys
-import types
 
-import ml_collections
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
 
-from data.digits import Builder
+from lookup_vit import datasets
 from lookup_vit import input_pipeline as ip
+from tests import sources
+from tests.sources import find
 
 # Random crops and flips, so that a wrong seed shows in the pixels.
 RANDOM_PP = "decode|inception_crop(16)|flip_lr|value_range(-1, 1)"
@@ -20,36 +17,13 @@ PLAIN_PP = "decode|value_range(-1, 1)"
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-  path = str(tmp_path_factory.mktemp("tfds"))
-  Builder(data_dir=path).download_and_prepare()
-  return path
-
-
-@pytest.fixture
-def digits(data_dir):
-  """Describes 37 digits, a number that no batch size here divides."""
-  return {"module": "data.digits", "split": "train[:37]", "data_dir": data_dir}
-
-
-def write_image(path, value):
-  """Writes an image of one colour, which names it after decoding."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  pixels = np.random.default_rng(value).integers(0, 9, (40, 40, 3), np.uint8)
-  pixels[:8] = value
-  Image.fromarray(pixels).save(path)
+def digits(tmp_path_factory):
+  return sources.build_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture
 def folder(tmp_path):
-  """Describes 20 images in two classes; image i has the value i on top."""
-  root = tmp_path / "images"
-  for i in range(20):
-    name = f"{i}.png" if i % 2 else f"{i}.jpg"
-    write_image(root / "train" / ("cat", "dog")[i // 10] / name, i)
-  for i in range(3):
-    write_image(root / "test" / "dog" / f"{i}.PNG", i)
-  return {"folder": str(root), "split": "train"}
+  return sources.write_folder(tmp_path / "images")
 
 
 def take(data, steps, **kwargs):
@@ -64,44 +38,6 @@ def assert_same(got, want):
     for key in w:
       assert g[key].dtype == w[key].dtype
       np.testing.assert_array_equal(g[key], w[key])
-
-
-# --- What data there are
-
-
-def test_sizes(digits, folder):
-  assert ip.num_examples(digits) == 37
-  assert ip.num_examples({**digits, "split": "train+test[:3]"}) == 1440
-  assert ip.num_classes(digits) == 10
-  assert ip.num_examples(folder) == 20
-  assert ip.num_examples({**folder, "split": "all"}) == 23
-  assert ip.num_classes(folder) == 2
-  config = ml_collections.ConfigDict({**folder, "data_dir": None})
-  assert ip.num_examples(config) == 20
-
-
-def test_classes_of_a_set_without_labels(digits, monkeypatch):
-  features = {"image": ip.get_builder(digits).info.features["image"]}
-  info = types.SimpleNamespace(features=features)
-  builder = types.SimpleNamespace(info=info)
-  monkeypatch.setattr(ip, "get_builder", lambda data: builder)
-  assert ip.num_classes(digits) is None
-
-
-def test_module_is_built_once(tmp_path, caplog):
-  caplog.set_level(logging.INFO, "lookup_vit")
-  data = {"module": "data.digits", "split": "test", "data_dir": str(tmp_path)}
-  assert ip.num_examples(data) == 360
-  assert ip.num_examples(data) == 360
-  assert sum(r.name == "lookup_vit" for r in caplog.records) == 1
-
-
-def test_named_set(data_dir):
-  # A set in data_dir needs no code of TFDS.
-  data = {"name": "digits", "split": "test", "data_dir": data_dir}
-  assert ip.num_examples(data) == 360
-  [batch] = take(data, 1, pp=PLAIN_PP, batch_size=4, seed=0)
-  assert batch["image"].shape == (4, 32, 32, 3)
 
 
 # --- The training stream
@@ -128,13 +64,13 @@ def test_every_epoch_has_every_example_once(digits, window, batch_size):
   assert len({tuple(epoch) for epoch in ids}) == 4  # Another order in each.
 
 
-def test_whole_set_in_one_window_is_shuffled_over_its_length(data_dir):
-  data = {"module": "data.digits", "split": "train", "data_dir": data_dir}
+def test_whole_set_in_one_window_is_shuffled_over_its_length(digits):
+  data = {**digits, "split": "train"}
   [batch] = take(
     data, 1, pp='decode|keep("image", "id")', batch_size=1437, seed=0
   )
   # The files are in an order of their own, so that counts only as a reference.
-  builder = ip.get_builder(data)
+  builder = datasets.get_builder(data)
   order = [int(e["id"]) for e in builder.as_dataset(split="train")]
   rank = {i: position for position, i in enumerate(order)}
   ranks = np.array([rank[i] for i in batch["id"]])
@@ -231,6 +167,13 @@ def test_batches_are_views(digits):
   assert not batch["image"].flags.writeable
 
 
+def test_named_set(digits):
+  # A set in data_dir needs no code of TFDS.
+  data = {"name": "digits", "split": "test", "data_dir": digits["data_dir"]}
+  [batch] = take(data, 1, pp=PLAIN_PP, batch_size=4, seed=0)
+  assert batch["image"].shape == (4, 32, 32, 3)
+
+
 # --- Evaluation
 
 
@@ -239,7 +182,7 @@ def test_batches_are_views(digits):
 def test_eval_has_every_example_once(digits, split, process_count):
   data = {**digits, "split": split}
   everything = [
-    int(e["id"]) for e in ip.get_builder(data).as_dataset(split=split)
+    int(e["id"]) for e in datasets.get_builder(data).as_dataset(split=split)
   ]
   hosts = []
   for p in range(process_count):
@@ -269,7 +212,7 @@ def test_eval_has_every_example_once(digits, split, process_count):
 
 
 def test_images_of_one_size_need_no_resize(digits):
-  want = list(ip.get_builder(digits).as_dataset(split=digits["split"]))
+  want = list(datasets.get_builder(digits).as_dataset(split=digits["split"]))
   for pp in ("", "decode"):
     ds, _ = ip.make_eval(digits, pp=pp, batch_size=37)
     [batch] = ip.numpy_iterator(ds, digits)
@@ -303,65 +246,20 @@ def test_folder_and_its_sub_splits(folder):
   assert tops({**folder, "split": "+".join(splits)}) == everything
 
 
-def find(folder, name):
-  [path] = tf.io.gfile.glob(f"{folder['folder']}/train/*/{name}")
-  return path
-
-
-def cut(path, size):
-  with open(path, "r+b") as file:
-    file.truncate(size)
-
-
-def test_broken_images_fail_or_are_skipped(folder, caplog):
+def test_broken_images_fail_or_are_skipped(folder):
   before = tops({**folder, "split": "train[:75%]"})
-  cut(find(folder, "0.jpg"), 600)
-  cut(find(folder, "3.png"), 600)
-  cut(find(folder, "12.jpg"), 0)
-  with open(find(folder, "15.png"), "w") as file:
-    file.write("<html>not an image</html>")
-  with pytest.raises(ValueError, match="4 of the 20") as e:
-    ip.num_examples(folder)
-  for name in ("0.jpg", "3.png", "12.jpg", "15.png", "on_error='skip'"):
-    assert name in str(e.value)
+  sources.break_four(folder)
   with pytest.raises(ValueError, match="4 of the 20"):
     ip.make_train(folder, pp=RANDOM_PP, batch_size=2, seed=0)
+  with pytest.raises(ValueError, match="4 of the 20"):
+    ip.make_eval(folder, pp=RANDOM_PP, batch_size=2)
 
   skip = {**folder, "on_error": "skip"}
   broken = {0, 3, 12, 15}
-  assert ip.num_examples(skip) == 16
   assert sorted(tops(skip)) == sorted(set(range(20)) - broken)
-  assert "4 of the 20" in caplog.text and "12.jpg" in caplog.text
   # What is broken moves no other image to another sub-split.
   after = tops({**skip, "split": "train[:75%]"})
   assert after == [i for i in before if i not in broken]
-
-
-def test_repaired_images_are_seen(folder):
-  path = find(folder, "0.jpg")
-  cut(path, 600)
-  with pytest.raises(ValueError, match="1 of the 20"):
-    ip.num_examples(folder)
-  Image.new("RGB", (40, 40)).save(path)
-  assert ip.num_examples(folder) == 20
-
-
-def test_at_most_ten_broken_images_are_listed(folder):
-  for i in range(1, 20, 2):
-    cut(find(folder, f"{i}.png"), 50)
-  for i in (2, 4):
-    cut(find(folder, f"{i}.jpg"), 50)
-  with pytest.raises(ValueError, match="and 2 more") as e:
-    ip.num_examples(folder)
-  assert str(e.value).count("/train/") == 10
-
-
-def test_unusual_but_legal_images_are_kept(folder):
-  with open(find(folder, "0.jpg"), "ab") as file:
-    file.write(b"camera maker's notes")
-  path = find(folder, "2.jpg")
-  Image.open(find(folder, "1.png")).save(path, "PNG")  # A PNG named .jpg.
-  assert ip.num_examples(folder) == 20
 
 
 def test_damage_in_mid_file_is_named_at_run_time(folder):
@@ -369,7 +267,7 @@ def test_damage_in_mid_file_is_named_at_run_time(folder):
   with open(path, "r+b") as file:
     file.seek(200)
     file.write(b"\0" * 200)
-  assert ip.num_examples(folder) == 20
+  assert datasets.num_examples(folder) == 20
   with pytest.raises(ValueError, match="1 of the 20") as e:
     take(folder, 10, pp=RANDOM_PP, batch_size=4, seed=0)
   assert path in str(e.value)
@@ -382,85 +280,6 @@ def test_failing_op_is_not_blamed_on_the_images(folder):
 
 
 # --- Errors
-
-
-@pytest.mark.parametrize(
-  "data, words",
-  [
-    ({"nam": "cifar10"}, ["'nam'", "'name'", "folder, split"]),
-    ({"split": "train"}, ["exactly one", "none"]),
-    ({"name": "a", "folder": "b"}, ["exactly one", "name, folder"]),
-    ({"name": "cifar10", "on_error": "skip"}, ["on_error", "data.name"]),
-    ({"folder": "a", "data_dir": "b"}, ["data_dir", "data.folder"]),
-    ({"folder": "a", "on_error": "ignore"}, ["'ignore'", "'skip'"]),
-    ({"name": "cifar11"}, ["'cifar11'", "'cifar10'"]),
-    ({"name": "cifar10:9.0.0"}, ["9.0.0", "3.0.2"]),
-    ({"name": "imagenet2012_corrupted/fog_9"}, ["fog_9", "fog_1"]),
-    ({"module": "data.nothing"}, ["data.nothing", "root of the repo"]),
-    ({"module": "lookup_vit"}, ["'lookup_vit'", "no class Builder"]),
-    ({"folder": "/nowhere/at/all"}, ["/nowhere/at/all", "FOLDER/SPLIT/CLASS"]),
-  ],
-)
-def test_wrong_descriptions(data, words):
-  with pytest.raises(ValueError) as e:
-    ip.num_examples({"split": "train", **data})
-  for word in words:
-    assert word in str(e.value)
-
-
-def test_set_that_is_not_prepared(tmp_path):
-  data = {"name": "cifar10", "split": "train", "data_dir": str(tmp_path)}
-  with pytest.raises(ValueError) as e:
-    ip.get_builder(data)
-  assert f"tfds build cifar10 --data_dir={tmp_path}`" in str(e.value)
-  assert str(tmp_path / "cifar10") in str(e.value)
-  assert "manual" not in str(e.value)
-
-  data["name"] = "imagenet2012_corrupted/fog_1"
-  with pytest.raises(ValueError) as e:
-    ip.get_builder(data)
-  want = f"tfds build {data['name']} --data_dir={tmp_path} --manual_dir="
-  assert want in str(e.value)
-  assert "ILSVRC2012_img_val.tar" in str(e.value)
-
-
-def test_module_that_needs_manual_files(tmp_path, monkeypatch):
-  monkeypatch.setattr(Builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", "Ask them.")
-  data = {"module": "data.digits", "data_dir": str(tmp_path)}
-  with pytest.raises(ValueError, match="build data/digits .*Ask them"):
-    ip.get_builder(data)
-
-
-def test_module_whose_own_import_fails(tmp_path, monkeypatch):
-  (tmp_path / "needs_more.py").write_text("import no_such_package\n")
-  monkeypatch.syspath_prepend(tmp_path)
-  with pytest.raises(ValueError, match="no_such_package"):
-    ip.get_builder({"module": "needs_more"})
-  sys.modules.pop("needs_more", None)
-
-
-@pytest.mark.parametrize("source", ["digits", "folder"])
-def test_wrong_splits(source, request):
-  data = request.getfixturevalue(source)
-  for split in ("trian", "train[:5", "train[:9999]", "all[:3]"):
-    with pytest.raises(ValueError) as e:
-      ip.num_examples({**data, "split": split})
-    for word in (split, "train (", "test ("):
-      assert word in str(e.value)
-  with pytest.raises(ValueError, match="not set; there are .*test"):
-    ip.num_examples({**data, "split": None})
-  empty = {**data, "split": "train[:0]"}
-  assert ip.num_examples(empty) == 0
-  with pytest.raises(ValueError, match=r"'train\[:0\]' has no examples"):
-    ip.make_train(empty, pp=PLAIN_PP, batch_size=2, seed=0)
-  with pytest.raises(ValueError, match=r"'train\[:0\]' has no examples"):
-    ip.make_eval(empty, pp=PLAIN_PP, batch_size=2)
-
-
-def test_folder_without_the_layout(folder):
-  classes = {**folder, "folder": folder["folder"] + "/train"}
-  with pytest.raises(ValueError, match="no images.*FOLDER/SPLIT/CLASS"):
-    ip.get_builder(classes)
 
 
 @pytest.mark.parametrize(
@@ -486,3 +305,13 @@ def test_features_that_cannot_be_batched(folder):
     ip.make_train(folder, pp=pp, batch_size=2, seed=0)
   with pytest.raises(ValueError, match="'image'.*may vary.*resize.*keep"):
     ip.make_eval(folder, pp="decode", batch_size=2)
+
+
+@pytest.mark.parametrize("source", ["digits", "folder"])
+def test_split_without_examples(source, request):
+  data = request.getfixturevalue(source)
+  empty = {**data, "split": "train[:0]"}
+  with pytest.raises(ValueError, match=r"'train\[:0\]' has no examples"):
+    ip.make_train(empty, pp=PLAIN_PP, batch_size=2, seed=0)
+  with pytest.raises(ValueError, match=r"'train\[:0\]' has no examples"):
+    ip.make_eval(empty, pp=PLAIN_PP, batch_size=2)

@@ -10,13 +10,9 @@ import pytest
 
 from lookup_vit.models import vit
 from tests.models import common, reference
+from tests.models.common import CAPTURE
 
-CAPTURE = ("tokens", "attention", "attention_logit_max")
-
-
-def make(variant="Ti/4", **fields):
-  small = dict(width=24, depth=2, num_heads=3)
-  return vit.Model(7, variant, **small | fields)
+make = functools.partial(common.make, "vit")
 
 
 CASES = {

@@ -1,0 +1,177 @@
+"""Tests of lookup_vit/datasets.py."""
+
+import logging
+import sys
+import types
+
+import ml_collections
+import pytest
+from PIL import Image
+
+from data.digits import Builder
+from lookup_vit import datasets
+from tests import sources
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+  return sources.build_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+  return sources.write_folder(tmp_path / "images")
+
+
+def test_sizes(digits, folder):
+  assert datasets.num_examples(digits) == 37
+  assert datasets.num_examples({**digits, "split": "train+test[:3]"}) == 1440
+  assert datasets.num_classes(digits) == 10
+  assert datasets.num_examples(folder) == 20
+  assert datasets.num_examples({**folder, "split": "all"}) == 23
+  assert datasets.num_classes(folder) == 2
+  config = ml_collections.ConfigDict({**folder, "data_dir": None})
+  assert datasets.num_examples(config) == 20
+
+
+def test_classes_of_a_set_without_labels(digits, monkeypatch):
+  features = {"image": datasets.get_builder(digits).info.features["image"]}
+  info = types.SimpleNamespace(features=features)
+  builder = types.SimpleNamespace(info=info)
+  monkeypatch.setattr(datasets, "get_builder", lambda data: builder)
+  assert datasets.num_classes(digits) is None
+
+
+def test_module_is_built_once(tmp_path, caplog):
+  caplog.set_level(logging.INFO, "lookup_vit")
+  data = {"module": "data.digits", "split": "test", "data_dir": str(tmp_path)}
+  assert datasets.num_examples(data) == 360
+  assert datasets.num_examples(data) == 360
+  assert sum(r.name == "lookup_vit" for r in caplog.records) == 1
+
+
+def test_named_set(digits):
+  # A set in data_dir needs no code of TFDS.
+  data = {"name": "digits", "split": "test", "data_dir": digits["data_dir"]}
+  assert datasets.num_examples(data) == 360
+  assert datasets.num_classes(data) == 10
+
+
+# --- Broken images
+
+
+def test_broken_images_fail_or_are_skipped(folder, caplog):
+  sources.break_four(folder)
+  with pytest.raises(ValueError, match="4 of the 20") as e:
+    datasets.num_examples(folder)
+  for name in ("0.jpg", "3.png", "12.jpg", "15.png", "on_error='skip'"):
+    assert name in str(e.value)
+
+  skip = {**folder, "on_error": "skip"}
+  assert datasets.num_examples(skip) == 16
+  assert "4 of the 20" in caplog.text and "12.jpg" in caplog.text
+
+
+def test_repaired_images_are_seen(folder):
+  path = sources.find(folder, "0.jpg")
+  sources.cut(path, 600)
+  with pytest.raises(ValueError, match="1 of the 20"):
+    datasets.num_examples(folder)
+  Image.new("RGB", (40, 40)).save(path)
+  assert datasets.num_examples(folder) == 20
+
+
+def test_at_most_ten_broken_images_are_listed(folder):
+  for i in range(1, 20, 2):
+    sources.cut(sources.find(folder, f"{i}.png"), 50)
+  for i in (2, 4):
+    sources.cut(sources.find(folder, f"{i}.jpg"), 50)
+  with pytest.raises(ValueError, match="and 2 more") as e:
+    datasets.num_examples(folder)
+  assert str(e.value).count("/train/") == 10
+
+
+def test_unusual_but_legal_images_are_kept(folder):
+  with open(sources.find(folder, "0.jpg"), "ab") as file:
+    file.write(b"camera maker's notes")
+  # A PNG that is named .jpg.
+  png = Image.open(sources.find(folder, "1.png"))
+  png.save(sources.find(folder, "2.jpg"), "PNG")
+  assert datasets.num_examples(folder) == 20
+
+
+# --- Errors
+
+
+@pytest.mark.parametrize(
+  "data, words",
+  [
+    ({"nam": "cifar10"}, ["'nam'", "'name'", "folder, split"]),
+    ({"split": "train"}, ["exactly one", "none"]),
+    ({"name": "a", "folder": "b"}, ["exactly one", "name, folder"]),
+    ({"name": "cifar10", "on_error": "skip"}, ["on_error", "data.name"]),
+    ({"folder": "a", "data_dir": "b"}, ["data_dir", "data.folder"]),
+    ({"folder": "a", "on_error": "ignore"}, ["'ignore'", "'skip'"]),
+    ({"name": "cifar11"}, ["'cifar11'", "'cifar10'"]),
+    ({"name": "cifar10:9.0.0"}, ["9.0.0", "3.0.2"]),
+    ({"name": "imagenet2012_corrupted/fog_9"}, ["fog_9", "fog_1"]),
+    ({"module": "data.nothing"}, ["data.nothing", "root of the repo"]),
+    ({"module": "lookup_vit"}, ["'lookup_vit'", "no class Builder"]),
+    ({"folder": "/nowhere/at/all"}, ["/nowhere/at/all", "FOLDER/SPLIT/CLASS"]),
+  ],
+)
+def test_wrong_descriptions(data, words):
+  with pytest.raises(ValueError) as e:
+    datasets.num_examples({"split": "train", **data})
+  for word in words:
+    assert word in str(e.value)
+
+
+def test_set_that_is_not_prepared(tmp_path):
+  data = {"name": "cifar10", "split": "train", "data_dir": str(tmp_path)}
+  with pytest.raises(ValueError) as e:
+    datasets.get_builder(data)
+  assert f"tfds build cifar10 --data_dir={tmp_path}`" in str(e.value)
+  assert str(tmp_path / "cifar10") in str(e.value)
+  assert "manual" not in str(e.value)
+
+  data["name"] = "imagenet2012_corrupted/fog_1"
+  with pytest.raises(ValueError) as e:
+    datasets.get_builder(data)
+  want = f"tfds build {data['name']} --data_dir={tmp_path} --manual_dir="
+  assert want in str(e.value)
+  assert "ILSVRC2012_img_val.tar" in str(e.value)
+
+
+def test_module_that_needs_manual_files(tmp_path, monkeypatch):
+  monkeypatch.setattr(Builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", "Ask them.")
+  data = {"module": "data.digits", "data_dir": str(tmp_path)}
+  with pytest.raises(ValueError, match="build data/digits .*Ask them"):
+    datasets.get_builder(data)
+
+
+def test_module_whose_own_import_fails(tmp_path, monkeypatch):
+  (tmp_path / "needs_more.py").write_text("import no_such_package\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(ValueError, match="no_such_package"):
+    datasets.get_builder({"module": "needs_more"})
+  sys.modules.pop("needs_more", None)
+
+
+def test_folder_without_the_layout(folder):
+  classes = {**folder, "folder": folder["folder"] + "/train"}
+  with pytest.raises(ValueError, match="no images.*FOLDER/SPLIT/CLASS"):
+    datasets.get_builder(classes)
+
+
+@pytest.mark.parametrize("source", ["digits", "folder"])
+def test_wrong_splits(source, request):
+  data = request.getfixturevalue(source)
+  for split in ("trian", "train[:5", "train[:9999]", "all[:3]"):
+    with pytest.raises(ValueError) as e:
+      datasets.num_examples({**data, "split": split})
+    for word in (split, "train (", "test ("):
+      assert word in str(e.value)
+  with pytest.raises(ValueError, match="not set; there are .*test"):
+    datasets.num_examples({**data, "split": None})
+  assert datasets.num_examples({**data, "split": "train[:0]"}) == 0

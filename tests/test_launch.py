@@ -1,0 +1,245 @@
+"""Tests of launch/ and .ci/run, with a stub for Python that records calls."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# As `python3`, as VENV/bin/python and as VENV/bin/ruff. The check of the
+# version is computed by a real interpreter that says it is of STUB_VERSION.
+STUB = f"""#!/usr/bin/env bash
+echo "$PWD|$0|$*" >> "$STUB_CALLS"
+if [ -n "${{STUB_FAILS:-}}" ] && [[ "$*" == *"$STUB_FAILS"* ]]; then exit 3; fi
+if [ "$1" = -c ]; then
+  exec {sys.executable} -c "import sys; sys.version_info = $STUB_VERSION; $2"
+elif [ "$1 $2" = "-m venv" ]; then
+  mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
+elif [ "$1 $2" = "-m pip" ]; then
+  cp "$0" "$(dirname "$0")/ruff"
+fi
+"""
+
+
+class Launcher:
+  """A repository with the scripts alone, and a stub first on PATH."""
+
+  def __init__(self, path):
+    self.path = path
+    self.repo = path / "a repository"
+    self.calls_file = path / "calls"
+    for name in ("launch", ".ci"):
+      shutil.copytree(ROOT / name, self.repo / name)
+    for name in ("setup.py", "requirements.lock"):
+      (self.repo / name).write_text("as at first\n")
+    (path / "bin").mkdir()
+    (path / "tmp").mkdir()
+    self.add_stub("python3")
+
+  def add_stub(self, name):
+    stub = self.path / "bin" / name
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    return str(stub)
+
+  def __call__(self, script, *args, cwd=None, **env):
+    """Starts a script; returns its outcome and the calls that it made."""
+    self.calls_file.write_text("")
+    process = subprocess.run(
+      ["bash", str(self.repo / script), *map(str, args)],
+      cwd=cwd or self.repo,
+      env={
+        "PATH": f"{self.path}/bin:/usr/bin:/bin",
+        "TMPDIR": str(self.path / "tmp"),
+        "STUB_CALLS": str(self.calls_file),
+        "STUB_VERSION": "(3, 11, 0)",
+        **{k: str(v) for k, v in env.items()},
+      },
+      capture_output=True,
+      text=True,
+      timeout=60,
+    )
+    calls = []
+    for line in self.calls_file.read_text().splitlines():
+      folder, program, arguments = line.split("|")
+      # Whatever the caller's directory, the scripts work in the repository.
+      assert folder == str(self.repo)
+      calls.append((program, arguments))
+    return process, calls
+
+
+@pytest.fixture
+def launch(tmp_path):
+  return Launcher(tmp_path)
+
+
+def installed(calls):
+  """What pip was asked to install, call by call."""
+  lines = [line for _, line in calls if line.startswith("-m pip install ")]
+  assert all("--constraint requirements.lock" in line for line in lines)
+  return [line.partition("--editable ")[2] for line in lines]
+
+
+def worked(calls):
+  """The calls after the environment was there."""
+  setup = ("-c ", "-m venv", "-m pip")
+  return [call for call in calls if not call[1].startswith(setup)]
+
+
+def quickstart_calls(venv, out):
+  trainings = [
+    f"-m lookup_vit.train --config=configs/digits_{model}.py "
+    f"--workdir={out}/digits_{model}"
+    for model in ("lookup", "vit")
+  ]
+  plot = (
+    "-m lookup_vit.analysis.accuracy_vs_flops "
+    f"--workdirs={out}/digits_lookup,{out}/digits_vit "
+    f"--output={out}/accuracy_vs_flops.png"
+  )
+  return [(f"{venv}/bin/python", c) for c in (*trainings, plot)]
+
+
+def test_quickstart(launch):
+  process, calls = launch("launch/quickstart.sh")
+  assert process.returncode == 0, process.stderr
+  venv = launch.repo / ".venv"
+  assert f"Installing into {venv} " in process.stdout
+  assert calls[1] == (f"{launch.path}/bin/python3", f"-m venv {venv}")
+  assert calls[2][0] == f"{venv}/bin/python"
+  assert installed(calls) == ["."]
+  out = launch.repo / "workdirs/quickstart"
+  assert worked(calls) == quickstart_calls(venv, out)
+  assert f"{out}/digits_lookup/attention_maps.png" in process.stdout
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_quickstart_into_a_directory(launch, relative):
+  """The argument is a directory, of the caller's, and no extra to install."""
+  caller = launch.path / "a caller"
+  caller.mkdir()
+  argument = "some dir" if relative else launch.path / "some dir"
+  process, calls = launch("launch/quickstart.sh", argument, cwd=caller)
+  assert process.returncode == 0, process.stderr
+  assert installed(calls) == ["."]
+  out = (caller if relative else launch.path) / "some dir"
+  assert worked(calls) == quickstart_calls(launch.repo / ".venv", out)
+  assert not list(caller.iterdir())
+
+
+def test_quickstart_ends_with_a_failed_training(launch):
+  fails = "configs/digits_lookup.py"
+  process, calls = launch("launch/quickstart.sh", STUB_FAILS=fails)
+  assert process.returncode == 3
+  assert len(worked(calls)) == 1
+
+
+def test_installs_once(launch):
+  launch("launch/quickstart.sh")
+  process, calls = launch("launch/quickstart.sh")
+  assert process.returncode == 0, process.stderr
+  assert not installed(calls)
+  assert "Installing" not in process.stdout
+  assert len(worked(calls)) == 3
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "setup.py"])
+def test_installs_again_after_a_change(launch, name):
+  launch("launch/quickstart.sh")
+  (launch.repo / name).write_text("changed\n")
+  _, calls = launch("launch/quickstart.sh")
+  assert installed(calls) == ["."]
+  _, calls = launch("launch/quickstart.sh")
+  assert not installed(calls)
+
+
+def test_another_extra_is_installed(launch):
+  launch("launch/quickstart.sh")
+  _, calls = launch("launch/test.sh")
+  assert installed(calls) == [".[test]"]
+
+
+@pytest.mark.parametrize("version", ["(3, 10, 14)", "(2, 7, 18)"])
+def test_refuses_an_old_python(launch, version):
+  process, calls = launch("launch/quickstart.sh", STUB_VERSION=version)
+  assert process.returncode == 1
+  assert process.stderr.count("\n") == 1
+  assert "error: want Python 3.11 or newer; set PYTHON=" in process.stderr
+  assert len(calls) == 1
+  assert not (launch.repo / ".venv").exists()
+
+
+def test_python_is_chosen(launch):
+  (launch.path / "bin/python3").unlink()
+  python = launch.add_stub("python3.12")
+  process, calls = launch("launch/quickstart.sh", PYTHON=python)
+  assert process.returncode == 0, process.stderr
+  assert [c[0] for c in calls[:2]] == [python] * 2
+
+
+@pytest.mark.parametrize("fails", ["-m venv", "-m pip"])
+@pytest.mark.parametrize("script", ["launch/quickstart.sh", "launch/test.sh"])
+def test_failed_install_is_tried_again(launch, script, fails):
+  process, calls = launch(script, STUB_FAILS=fails)
+  assert process.returncode != 0
+  assert not worked(calls)
+  assert not list(launch.repo.glob(".venv/installed-*"))
+  if fails == "-m venv":
+    assert "apt-get install python3-venv" in process.stderr
+  process, calls = launch(script)
+  assert process.returncode == 0, process.stderr
+  assert len(installed(calls)) == 1
+
+
+def test_lint_and_tests(launch):
+  """The arguments are passed on as they are: of two spaces none is lost."""
+  caller = launch.path / "bin"
+  process, calls = launch(
+    "launch/test.sh", "tests/models", "-x", "-k", "a  or b", cwd=caller
+  )
+  assert process.returncode == 0, process.stderr
+  assert installed(calls) == [".[test]"]
+  venv = launch.repo / ".venv"
+  *lint, (python, tests) = worked(calls)
+  assert lint == [
+    (f"{venv}/bin/ruff", "check ."),
+    (f"{venv}/bin/ruff", "format --check ."),
+  ]
+  assert python == f"{venv}/bin/python"
+  assert tests.startswith("-m pytest ")
+  assert tests.endswith(" tests/models -x -k a  or b")
+
+
+@pytest.mark.parametrize("fails", ["check .", "format --check .", "-m pytest"])
+def test_lint_or_tests_fail(launch, fails):
+  process, calls = launch("launch/test.sh", STUB_FAILS=fails)
+  assert process.returncode == 3
+  assert worked(calls)[-1][1].startswith(fails)
+
+
+@pytest.mark.parametrize("script", ["launch/quickstart.sh", "launch/test.sh"])
+def test_venv_is_chosen(launch, script):
+  venv = launch.path / "an environment"
+  process, calls = launch(script, VENV=venv)
+  assert process.returncode == 0, process.stderr
+  assert calls[1][1] == f"-m venv {venv}"
+  assert all(program.startswith(f"{venv}/bin/") for program, _ in worked(calls))
+  assert not (launch.repo / ".venv").exists()
+  _, calls = launch(script, VENV=venv)
+  assert not installed(calls)
+
+
+@pytest.mark.parametrize("fails", ["", "-m pytest"])
+def test_continuous_integration(launch, fails):
+  """It tests in an environment of its own, of which nothing is left."""
+  process, calls = launch(".ci/run", cwd=launch.path / "bin", STUB_FAILS=fails)
+  assert process.returncode == (3 if fails else 0)
+  assert installed(calls) == [".[test]"]
+  work = worked(calls)
+  assert len(work) == 3
+  assert all(p.startswith(f"{launch.path}/tmp/") for p, _ in work)
+  assert not list((launch.path / "tmp").iterdir())
+  assert not (launch.repo / ".venv").exists()
