@@ -72,23 +72,14 @@ def train_and_evaluate(
   program = train_step.Program(config, total_steps)
   check_classes(config, data, "config.input.data")
   evaluators = make_evaluators(program, config.evals)
+  program.check_input(make_dataset(config, 0).element_spec, "config.input.pp")
+
+  # The state that training starts from.
   store = checkpoints.Checkpoints(
     workdir, config.ckpt_keep, config.ckpt_keep_every
   )
   state = restore_or_init(program, store)
   start = int(state.step)
-  with config_utils.at_fault("config.input"):
-    dataset = input_pipeline.make_train(
-      data,
-      pp=config.input.pp,
-      batch_size=config.input.batch_size,
-      seed=config.seed,
-      start_step=start,
-      shuffle_buffer_size=config.input.shuffle_buffer_size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-  program.check_input(dataset.element_spec, "config.input.pp")
   checkpoints.write_config(workdir, config)
   writer = None
   if jax.process_index() == 0:
@@ -106,6 +97,7 @@ def train_and_evaluate(
 
   # Training.
   progress = Progress(program, writer, store, start, total_steps)
+  dataset = make_dataset(config, start)
   batches = prefetch(input_pipeline.numpy_iterator(dataset, data), program.mesh)
   for step in range(start, total_steps):
     grid = train_step.draw_grid(program.grids, config.seed, step)
@@ -131,6 +123,25 @@ def train_and_evaluate(
     weights = state.params if state.ema is None else state.ema
     summary.write(workdir, program, metrics, weights, _images(evaluators))
   return state
+
+
+def make_dataset(config: ml_collections.ConfigDict, start_step: int) -> Any:
+  """This process's training batches, from a step on.
+
+  Raises:
+    ValueError: data or preprocessing that cannot work.
+  """
+  with config_utils.at_fault("config.input"):
+    return input_pipeline.make_train(
+      config.input.data,
+      pp=config.input.pp,
+      batch_size=config.input.batch_size,
+      seed=config.seed,
+      start_step=start_step,
+      shuffle_buffer_size=config.input.shuffle_buffer_size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
 
 
 def check_classes(

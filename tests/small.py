@@ -26,7 +26,8 @@ def config(**fields):
     target = c
     for parent in parents:
       target = target[parent]
-    target[last] = value
+    with target.ignore_type():
+      target[last] = value
   return c
 
 

@@ -311,5 +311,5 @@ def test_a_work_directory_of_another_config(run):
   other.ckpt_steps = 99  # Free to change.
   with pytest.raises(ValueError, match="belongs to another config") as e:
     train.train_and_evaluate(other, workdir)
-  assert "lr: 0.001, now 0.5" in str(e.value)
+  assert f"lr: {config.lr}, now 0.5" in str(e.value)
   assert "ckpt_steps" not in str(e.value)
