@@ -35,6 +35,20 @@ class LayerConfig:
   train: bool = False
   capture: tuple[str, ...] = ()
 
+  @classmethod
+  def of(
+    cls, model: nn.Module, train: bool, capture: tuple[str, ...]
+  ) -> "LayerConfig":
+    """That of a model with fields of the same names."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    names -= {"dtype", "train", "capture"}
+    return cls(
+      **{name: getattr(model, name) for name in names},
+      dtype=compute_dtype(model.dtype),
+      train=train,
+      capture=tuple(capture),
+    )
+
   def __post_init__(self):
     """Raises ValueError for a field that no layer can serve."""
     if self.gelu not in ("tanh", "exact"):

@@ -123,25 +123,13 @@ class LookupViT(nn.Module):
     capture: tuple[str, ...] = (),
   ) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
     layers.check_width(self.width, self.num_heads)
-    dtype = layers.compute_dtype(self.dtype)
-    cfg = layers.LayerConfig(
-      num_heads=self.num_heads,
-      dropout=self.dropout,
-      attention_dropout=self.attention_dropout,
-      stochastic_depth=self.stochastic_depth,
-      qk_norm=self.qk_norm,
-      gelu=self.gelu,
-      norm_eps=self.norm_eps,
-      dtype=dtype,
-      train=train,
-      capture=capture,
-    )
+    cfg = layers.LayerConfig.of(self, train, capture)
     lookup, lookup_grid = tokens.tokenise(
-      images, self.width, self.patch_size, dtype
+      images, self.width, self.patch_size, cfg.dtype
     )
     grid = tokens.check_grid(self.grid if grid is None else grid, lookup_grid)
     pos = tokens.positions(self, self.positions, lookup_grid, self.width)
-    pos = pos.astype(dtype)
+    pos = pos.astype(cfg.dtype)
     compressed = tokens.resize_grid(lookup, lookup_grid, grid)
     compressed = compressed + tokens.resize_grid(pos, lookup_grid, grid)
     compressed = layers.dropout(cfg, compressed)

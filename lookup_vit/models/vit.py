@@ -81,25 +81,13 @@ class ViT(nn.Module):
     if self.pool not in ("gap", "map", "tok"):
       raise ValueError(f"pool={self.pool!r}: want 'gap', 'map' or 'tok'.")
     layers.check_width(self.width, self.num_heads)
-    dtype = layers.compute_dtype(self.dtype)
-    cfg = layers.LayerConfig(
-      num_heads=self.num_heads,
-      dropout=self.dropout,
-      attention_dropout=self.attention_dropout,
-      stochastic_depth=self.stochastic_depth,
-      qk_norm=self.qk_norm,
-      gelu=self.gelu,
-      norm_eps=self.norm_eps,
-      dtype=dtype,
-      train=train,
-      capture=capture,
-    )
-    x, grid = tokens.tokenise(images, self.width, self.patch_size, dtype)
+    cfg = layers.LayerConfig.of(self, train, capture)
+    x, grid = tokens.tokenise(images, self.width, self.patch_size, cfg.dtype)
     pos = tokens.positions(self, self.positions, grid, self.width)
-    x = x + pos.astype(dtype)
+    x = x + pos.astype(cfg.dtype)
     if self.pool == "tok":
       zeros = nn.initializers.zeros
-      cls = self.param("cls", zeros, (1, 1, self.width)).astype(dtype)
+      cls = self.param("cls", zeros, (1, 1, self.width)).astype(cfg.dtype)
       x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x], axis=1)
     x = layers.dropout(cfg, x)
     x, captured = layers.apply_blocks(
