@@ -4,6 +4,8 @@ from typing import Any
 
 import ml_collections
 
+from lookup_vit.models.variants import decode_variant
+
 # RandAugment and mixup of AugReg's presets (arXiv:2106.10270, figure 4, by
 # big_vision's configs/vit_i21k.py).
 _AUGREG = {
@@ -62,6 +64,12 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
     if kind is not bool and not eq:
       raise ValueError(f"Config argument {name} wants a value: {name}=...")
   return ml_collections.ConfigDict(values)
+
+
+def lookup_grids(variant: str, res: int) -> list[tuple[int, int]]:
+  """The paper's multi-resolution set, as far as it fits the lookup grid."""
+  side = res // decode_variant(variant)["patch_size"][-1]
+  return [(g, g) for g in (3, 5, 7, 10) if g <= side] or [(side, side)]
 
 
 def run_local(config: ml_collections.ConfigDict) -> None:

@@ -66,8 +66,8 @@ def get_config(arg=None):
   config.model_name = arg.model
   config.model = dict(variant=arg.variant, scan=True)
   if arg.model == "lookup_vit":
-    config.model.grid = (5, 5)
-    config.grids = [(3, 3), (5, 5), (7, 7), (10, 10)]
+    config.grids = common.lookup_grids(arg.variant, arg.res)
+    config.model.grid = (5, 5) if (5, 5) in config.grids else config.grids[-1]
   if arg.init:
     config.model_init = arg.init
 

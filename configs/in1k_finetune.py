@@ -2,8 +2,8 @@ r"""Fine-tunes a run on ImageNet-1k, at a higher resolution.
 
 The recipe is big_vision's configs/transfer.py for ImageNet (ViT's own,
 arXiv:2010.11929, appendix B.1.1): SGD with momentum, 20,000 steps of 512, no
-weight decay, learning rate 0.03. The classifiers start afresh and positions are
-resized.
+weight decay, learning rate 0.03. Positions are resized, and classifiers start
+afresh where the classes differ.
 
     python -m lookup_vit.train --workdir=workdirs/in1k_finetune \
         --config=configs/in1k_finetune.py:from=workdirs/in21k_lookup_b,res=384

@@ -7,13 +7,15 @@ Arguments: `--config=configs/in1k_lookup_b.py:variant=L/16,res=384`, `runlocal`
 for a trial without ImageNet.
 """
 
-from configs import in1k_vit_b
+from configs import common, in1k_vit_b
 
 
 def get_config(arg=None):
   config = in1k_vit_b.get_config(arg)
   config.model_name = "lookup_vit"
-  config.model.grid = (5, 5)
   # The grid of an update is drawn from these.
-  config.grids = [(3, 3), (5, 5), (7, 7), (10, 10)]
+  config.grids = common.lookup_grids(
+    config.model.variant, config.input.image_size[0]
+  )
+  config.model.grid = (5, 5) if (5, 5) in config.grids else config.grids[-1]
   return config

@@ -1,1 +1,1 @@
-"""TFDS dataset builders: the embedded sets, and those that TFDS lacks."""
+"""TFDS dataset builders, imported by name from a config."""

@@ -4,7 +4,7 @@
 # Usage: source launch/env.sh EXTRAS   (EXTRAS may be empty: "")
 
 make_env() {
-  local extras="$1" python="${PYTHON:-python3}" stamp wanted
+  local extras="$1" python="${PYTHON:-python3}" stamp other wanted
   VENV="${VENV:-$PWD/.venv}"
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "error: want Python 3.11 or newer; set PYTHON=..." >&2
@@ -19,7 +19,9 @@ make_env() {
       echo "error: python3 -m venv failed; on Debian: apt-get install python3-venv" >&2
       return 1
     fi
-    rm -f "$VENV"/installed-*
+    for other in "$VENV"/installed-*; do
+      [ "$(cat "$other" 2>/dev/null)" = "$wanted" ] || rm -f "$other"
+    done
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
       --constraint requirements.lock --editable ".${extras:+[$extras]}" ||
       return 1

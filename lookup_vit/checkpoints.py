@@ -178,6 +178,8 @@ class Checkpoints:
       like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree
       )
+    except (MemoryError, PermissionError):
+      raise
     except Exception as e:  # Orbax raises many kinds.
       raise self._damaged(step, e) from e
     return self._read(step, {name: like}, sharding)[name]
@@ -195,6 +197,8 @@ class Checkpoints:
         ),
       )
       sums = restored["meta"]["checksums"]
+    except (MemoryError, PermissionError):
+      raise
     except Exception as e:  # Orbax raises many kinds.
       raise self._damaged(step, e) from e
     for name in like:

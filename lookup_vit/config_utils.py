@@ -291,7 +291,11 @@ def read_workdir(workdir: str) -> ml_collections.ConfigDict:
 
 
 def total_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
-  """Number of update steps: `total_steps`, or that of `total_epochs`."""
+  """Number of update steps: `total_steps`, or that of `total_epochs`.
+
+  Raises:
+    ValueError: the epochs are less than a step.
+  """
   if config.total_steps is not None:
     steps = config.total_steps
   else:

@@ -48,7 +48,12 @@ def _close(word: str, words: Sequence[str]) -> str:
 
 
 def check(data: Mapping[str, Any]) -> dict[str, Any]:
-  """Checks a data description and returns it without the absent fields."""
+  """Checks a data description and returns it without the absent fields.
+
+  Raises:
+    ValueError: an unknown field, not exactly one source, or a field that does
+      not go with the source.
+  """
   data = {key: value for key, value in dict(data).items() if value is not None}
   for key in data:
     if key not in _FIELDS:
@@ -230,15 +235,17 @@ def folder_examples(builder, data) -> list[tuple[str, int]]:
     return examples
   if data.get("on_error", "fail") == "fail":
     raise broken_error(data, broken, len(examples))
-  _LOG.warning(
-    "data.folder=%r: left out %d of the %d images of split %r as broken: %s",
-    data["folder"],
-    len(broken),
-    len(examples),
-    data["split"],
-    ", ".join(broken),
+  _warn_once(
+    f"data.folder={data['folder']!r}: left out {len(broken)} of the "
+    f"{len(examples)} images of split {data['split']!r} as broken: "
+    + ", ".join(broken)
   )
   return [example for example in examples if example[0] not in broken]
+
+
+@functools.lru_cache
+def _warn_once(message):
+  _LOG.warning("%s", message)
 
 
 def broken_error(data, broken, total):
@@ -246,11 +253,15 @@ def broken_error(data, broken, total):
   find_broken.cache_clear()
   names = "".join(f"\n  {path}: {broken[path]}" for path in list(broken)[:10])
   more = f"\n  and {len(broken) - 10} more" if len(broken) > 10 else ""
+  advice = "Repair or delete them"
+  if data.get("on_error", "fail") == "fail":
+    advice += (
+      ", or set data.on_error='skip', which leaves out those that a check of "
+      "each file's head and tail finds before training"
+    )
   return ValueError(
     f"data.folder={data['folder']!r}: {len(broken)} of the {total} images of "
-    f"split {data['split']!r} are broken. Repair or delete them, or set "
-    "data.on_error='skip', which leaves out those that a check of each file's "
-    f"head and tail finds before training.{names}{more}"
+    f"split {data['split']!r} are broken. {advice}.{names}{more}"
   )
 
 

@@ -22,12 +22,15 @@ from lookup_vit.analysis import accuracy_vs_flops, summary
 FLAGS = flags.FLAGS
 
 
-def evaluate(workdir: str, step: int | None = None) -> list[dict[str, Any]]:
+def evaluate(
+  workdir: str, step: int | None = None, batch_size: int | None = None
+) -> list[dict[str, Any]]:
   """Runs the evaluators of a work directory's config on a checkpoint.
 
   Args:
     workdir: of a training run.
     step: of a checkpoint; the newest where none is given.
+    batch_size: global; that of the config where none is given.
 
   Returns:
     The rows of results (see `analysis.summary.results`), which are written to
@@ -40,6 +43,13 @@ def evaluate(workdir: str, step: int | None = None) -> list[dict[str, Any]]:
   config = config_utils.read_workdir(workdir)
   if not config.evals:
     raise ValueError(f"The config of {workdir} names no evaluators.")
+  # The devices that are here, not those of the training.
+  config.mesh = [["data", -1]]
+  if batch_size is not None:
+    config.input.batch_size = batch_size
+    config.grad_accum_steps = 1
+    for evaluator in config.evals.values():
+      evaluator.batch_size = batch_size
   program = train_step.Program(config, config.total_steps)
   evaluators = train.make_evaluators(program, config.evals)
   params, step, _ = checkpoints.load_params(
@@ -59,7 +69,7 @@ def evaluate(workdir: str, step: int | None = None) -> list[dict[str, Any]]:
 def main(argv):
   """Evaluates by the flags and prints the table."""
   del argv
-  rows = evaluate(FLAGS.workdir, FLAGS.step)
+  rows = evaluate(FLAGS.workdir, FLAGS.step, FLAGS.batch_size)
   if jax.process_index() == 0:
     print(accuracy_vs_flops.table(rows))
 
@@ -67,4 +77,5 @@ def main(argv):
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Of a training run.", required=True)
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
+  flags.DEFINE_integer("batch_size", None, "The config's if not set.")
   cli.run(main)

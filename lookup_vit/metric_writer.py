@@ -30,7 +30,7 @@ class MetricWriter:
       part.write_text("".join(json.dumps(r) + "\n" for r in kept))
       part.replace(path)
     self._file = path.open("a")
-    self._summaries = metric_writers.SummaryWriter(workdir)
+    self._summaries = metric_writers.SummaryWriter(str(path.parent))
 
   def write(self, step: int, values: Mapping[str, float | str]) -> None:
     """Writes values of one step; text goes to `metrics.jsonl` alone."""

@@ -205,6 +205,12 @@ def make_schedule(
     raise ValueError(
       f"config.schedule has no {sorted(unknown)}; it has {', '.join(known)}."
     )
+  for name in set(options) - {"decay_type"}:
+    value = options[name]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+      raise ValueError(f"config.schedule.{name}={value!r}: want a number.")
+  if sum(name.startswith("warmup_") for name in options) > 1:
+    raise ValueError(f"config.schedule={dict(options)}: want one warmup_*.")
   get = dict(options).get
   kind = get("decay_type", "cosine")
   warmup = get("warmup_steps", 0)

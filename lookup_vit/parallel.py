@@ -31,7 +31,10 @@ def make_mesh(axes: Sequence[tuple[str, int]]) -> Mesh:
     )
   if names != ["data"]:
     raise ValueError(f"config.mesh: want one axis 'data', got {names}.")
-  return Mesh(np.asarray(jax.devices()).reshape(sizes), names)
+  # By process, as the input pipeline cuts a batch: its order is then the same
+  # for any number of hosts.
+  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  return Mesh(np.asarray(devices).reshape(sizes), names)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

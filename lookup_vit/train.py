@@ -6,6 +6,7 @@ python -m lookup_vit.train --config=configs/digits_lookup.py \
 
 import collections
 import datetime
+import inspect
 import itertools
 import logging
 import time
@@ -99,27 +100,32 @@ def train_and_evaluate(
   progress = Progress(program, writer, store, start, total_steps)
   dataset = make_dataset(config, start)
   batches = prefetch(input_pipeline.numpy_iterator(dataset, data), program.mesh)
-  for step in range(start, total_steps):
-    grid = train_step.draw_grid(program.grids, config.seed, step)
-    state, scalars = program.update_step(state, next(batches), grid)
-    progress.add(step + 1, grid, scalars)
-    last = step + 1 == total_steps
-    due = due_evaluators(evaluators, step + 1, last)
-    save = last or (step + 1) % config.ckpt_steps == 0
-    if due or save:
+  try:
+    for step in range(start, total_steps):
+      grid = train_step.draw_grid(program.grids, config.seed, step)
+      state, scalars = program.update_step(state, next(batches), grid)
+      progress.add(step + 1, grid, scalars)
+      last = step + 1 == total_steps
+      due = due_evaluators(evaluators, step + 1, last)
+      save = last or (step + 1) % config.ckpt_steps == 0
+      if not due and not save:
+        continue
       progress.flush()  # Nothing is saved that is not finite.
-    # Before saving, so that a run that continues from here lacks no metrics.
-    metrics = evaluate(due, state, step + 1, writer)
-    if save:
-      store.save(step + 1, state)
-  if start == total_steps:  # Trained before.
-    due = due_evaluators(evaluators, start, True)
-    metrics = evaluate(due, state, start, None)
-  store.close()
+      # Before saving, so that a run that continues from here lacks no metrics.
+      metrics = evaluate(due, state, step + 1, writer)
+      if save:
+        store.save(step + 1, state)
+      progress.restart_clock(step + 1)
+    if start == total_steps:  # Trained before.
+      due = due_evaluators(evaluators, start, True)
+      metrics = evaluate(due, state, start, None)
+  finally:
+    store.close()
+    if writer:
+      writer.close()
 
   # What it leaves for people.
   if writer:
-    writer.close()
     weights = state.params if state.ema is None else state.ema
     summary.write(workdir, program, metrics, weights, _images(evaluators))
   return state
@@ -199,10 +205,11 @@ def make_evaluators(
     ):
       raise ValueError(f"{where}.log_steps={log_steps!r}: want an integer > 0.")
     try:
-      with config_utils.at_fault(where):
-        evaluator = make(program, name, **fields)
+      inspect.signature(make).bind(program, name, **fields)
     except TypeError as e:
       raise ValueError(f"{where}: {e}.") from e
+    with config_utils.at_fault(where):
+      evaluator = make(program, name, **fields)
     evaluators[name] = (evaluator, log_steps)
   return evaluators
 
@@ -227,10 +234,14 @@ def evaluate(
   """Runs evaluators, on the Polyak average where there is one."""
   params = state.params if state.ema is None else state.ema
   metrics = {}
-  for name, evaluator in evaluators.items():
+  for evaluator in evaluators.values():
     found = dict(evaluator.run(params))
-    top1 = [f"{v:.2%}" for k, v in found.items() if k.endswith("/top1")]
-    log.info("step %d  %s top-1 %s", step, name, " ".join(top1))
+    top1 = [
+      f"{k.removesuffix('/top1')} {v:.2%}"
+      for k, v in found.items()
+      if k.endswith("/top1")
+    ]
+    log.info("step %d  top-1: %s", step, ", ".join(top1))
     metrics.update(found)
   if metrics and writer:
     writer.write(step, metrics)
@@ -266,6 +277,11 @@ class Progress:
     self.store = store
     self.total_steps = total_steps
     self.pending = collections.deque()
+    self.start = step
+    self.restart_clock(step)
+
+  def restart_clock(self, step: int) -> None:
+    """Leaves out of the rate what was done since the last update."""
     self.since = (step, time.monotonic())
 
   def add(self, step: int, grid: Any, scalars: dict[str, jax.Array]) -> None:
@@ -300,21 +316,20 @@ class Progress:
     }
     if grid is not None:
       values["train/grid"] = config_utils.format_grid(grid)
-    then, clock = self.since
-    now = time.monotonic()
-    rate = (step - then) / (now - clock)
-    self.since = (step, now)
-    values["train/images_per_second"] = rate * self.config.input.batch_size
-    left = datetime.timedelta(seconds=round((self.total_steps - step) / rate))
     parts = [
       f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})",
       f"loss {values['train/loss']:.4f}",
     ]
     if grid is not None:
       parts.append(values["train/grid"])
-    if step > 1:  # The first step's time is that of compiling.
+    then, clock = self.since
+    if step > self.start + 1:  # The first step's time is that of compiling.
+      rate = (step - then) / (time.monotonic() - clock)
+      values["train/images_per_second"] = rate * self.config.input.batch_size
       parts.append(f"{values['train/images_per_second']:.0f} images/s")
-      parts.append(f"ETA {left}")
+      left = round((self.total_steps - step) / rate)
+      parts.append(f"ETA {datetime.timedelta(seconds=left)}")
+    self.restart_clock(step)
     log.info("  ".join(parts))
     if self.writer:
       self.writer.write(step, values)

@@ -1,7 +1,7 @@
 """The train state and the compiled update and evaluation steps.
 
-`Program` bundles what a config defines apart from data: train.py, evaluate.py
-and the benchmarks run the very same steps.
+`Program` bundles what a config defines apart from data: train.py and
+evaluate.py run the very same steps.
 """
 
 import functools
@@ -34,13 +34,13 @@ class TrainState:
   ema: Any = None
 
 
-def import_part(room: str, name: str, attribute: str, field: str) -> Any:
-  """The `attribute` of `lookup_vit.<room>.<name>`.
+def import_part(package: str, name: str, attribute: str, field: str) -> Any:
+  """The `attribute` of `lookup_vit.<package>.<name>`.
 
   Raises:
     ValueError: there is none; `field` is the config field at fault.
   """
-  module = f"lookup_vit.{room}.{name}"
+  module = f"lookup_vit.{package}.{name}"
   try:
     return getattr(importlib.import_module(module), attribute)
   except (ModuleNotFoundError, AttributeError) as e:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import common
+from configs import common, image_folder, in1k_lookup_b
 
 
 def fails(function, *args, words, error=ValueError):
@@ -77,3 +77,23 @@ def test_augreg():
       assert randaug == f"randaug({want[0]},{want[1]})"
       assert mixup == dict(p=want[2])
   fails(common.augreg, "heavy", words=["'heavy'", "'medium1'"])
+
+
+@pytest.mark.parametrize(
+  "variant, res, want",
+  [
+    ("B/16", 224, [3, 5, 7, 10]),
+    ("B/16", 160, [3, 5, 7, 10]),
+    ("B/16", 144, [3, 5, 7]),
+    ("S/32", 224, [3, 5, 7]),
+    ("S/32", 64, [2]),
+  ],
+)
+def test_lookup_grids_fit_the_lookup_grid(variant, res, want):
+  arg = f"variant={variant},res={res}"
+  for config in (
+    in1k_lookup_b.get_config(arg),
+    image_folder.get_config(f"{arg},folder=x"),
+  ):
+    assert list(config.grids) == [(g, g) for g in want]
+    assert config.model.grid in config.grids

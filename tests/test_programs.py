@@ -113,8 +113,9 @@ def test_kill_9_and_again_ends_with_the_same_bits(tmp_path):
   assert process.returncode == 0, err
   want = checkpoints.load_params(undisturbed)
 
-  rng = random.Random(time.time())
-  for at in sorted(rng.sample(range(2, 38), 2)):
+  kills = sorted(random.Random(time.time()).sample(range(2, 38), 2))
+  print("killed at", kills)
+  for at in kills:
     process = _python("-c", _TRAIN, killed)
     path = os.path.join(killed, "metrics.jsonl")
     while process.poll() is None:
@@ -188,6 +189,11 @@ def test_four_devices_learn_and_evaluate_as_one(tmp_path):
   for x, y in zip(small.results(four), small.results(one), strict=True):
     assert x["loss"] == pytest.approx(y["loss"], rel=2e-5)
     assert x["top1"] == y["top1"]
+  # What four devices trained, one evaluates.
+  again = evaluate.evaluate(four, batch_size=5)
+  for x, y in zip(small.results(four), again, strict=True):
+    assert x["loss"] == pytest.approx(y["loss"], rel=2e-5)
+    assert x["top1"] == y["top1"]
 
 
 def test_batch_against_device_count(tmp_path):
@@ -241,7 +247,7 @@ def test_models_work_without_tensorflow():
     ("train", ["--config=configs/none.py", "--workdir=w"], ["configs/none.py"]),
     (
       "train",
-      ["--config=configs/in1k_vit_b.py:variant=Q/16", "--workdir=w"],
+      ["--config=configs/in1k_vit_b.py:variant=S/16", "--workdir=w"],
       ["imagenet2012", "tfds build"],
     ),
     (

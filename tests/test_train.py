@@ -66,7 +66,7 @@ def test_logs_every_step(run):
     assert r["train/grid"] == config_utils.format_grid(drawn)
     assert r["train/grad_norm"] > 0
     assert np.isfinite(r["train/attention_logit_max"])
-    assert r["train/images_per_second"] > 0
+    assert ("train/images_per_second" in r) == (r["step"] > 1)
   # The rate of the update from step k is that of k: warm-up starts at zero.
   assert rows[0]["train/lr"] == 0 == rows[0]["train/update_norm"]
   assert rows[1]["train/lr"] == pytest.approx(config.lr / 2)
@@ -125,10 +125,8 @@ def test_rerun_of_a_finished_run_changes_nothing(run):
 
 
 def test_a_run_cut_short_continues_to_the_same_bits(run, tmp_path):
-  config, workdir, state = run
-  del workdir
+  config, _, state = run
   # The state of step 8 is what a killed run leaves.
-  program = train_step.Program(config_utils.resolve(config), config.total_steps)
   other = str(tmp_path / "run")
   train.train_and_evaluate(config, other)
   os.rename(
@@ -138,7 +136,6 @@ def test_a_run_cut_short_continues_to_the_same_bits(run, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again, state)
   steps = [r["step"] for r in metric_writer.read(other) if "train/loss" in r]
   assert steps == list(range(1, 13))
-  del program
 
 
 def test_gradient_accumulation_is_the_whole_batch():
@@ -244,6 +241,11 @@ def test_frozen_parameters_do_not_move(tmp_path):
     (dict(optax=dict(b1="x")), ["config"]),
     (dict(optax=dict(beta=1)), ["config.optax", "beta"]),
     (dict(frozen=[".*"]), ["config.frozen"]),
+    (dict(schedule=dict(warmup_steps="a")), ["config.schedule.warmup_steps"]),
+    (
+      dict(schedule=dict(warmup_steps=1, warmup_percent=0.1)),
+      ["config.schedule", "warmup_percent"],
+    ),
     (dict(schedule=dict(warmup_steps=-5)), ["config.schedule", "warmup_steps"]),
     (dict(model__depth=0), ["depth=0"]),
     (dict(model__dropout="a"), ["dropout='a'"]),

@@ -22,6 +22,12 @@ def attention(
 ) -> np.ndarray:
   """MHBC attention of the last block, averaged over heads.
 
+  Args:
+    program: a LookupViT's.
+    params: its parameters.
+    images: `[batch, height, width, 3]` in [-1, 1].
+    grid: the compressed grid, of `m` tokens.
+
   Returns:
     `[batch, m, *lookup grid]`; each map sums to one.
   """

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -185,7 +185,10 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two dense layers with a GELU between them."""
+  """Two dense layers with a GELU between them.
+
+  Raises ValueError where `ratio` leaves no hidden unit.
+  """
 
   cfg: LayerConfig
   ratio: float
@@ -320,7 +323,7 @@ def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
   return params
 
 
-def head(num_classes: int, bias: float, name: str) -> Callable[[Array], Array]:
+def head(num_classes: int, bias: float, name: str) -> nn.Dense:
   """Linear classifier in float32, zeros at the start (as in big_vision)."""
   return nn.Dense(
     num_classes,

@@ -1,7 +1,19 @@
-"""LookupViT (ECCV 2024) over a token grid of any rank.
+"""LookupViT (ECCV 2024, arXiv:2407.12753) over a token grid of any rank.
 
-All `N` lookup tokens stay, the heavy layers run on `M` compressed tokens, and
-MHBC (`mhbc.py`) joins the two. No parameter depends on the compressed grid.
+All `N` lookup tokens `F_l` stay, the heavy layers run on `M` compressed tokens
+`F_p`, and MHBC (`mhbc.py`) joins the two. `T` resizes a grid linearly, `P` is
+the position grid, every `LN` has parameters of its own:
+
+  tokenise:          F_l = patches,  F_p = T(F_l) + T(P),  F_l = F_l + P
+  gathering:         F_p = F_p + MHBC(LN(F_p), LN(F_l))
+  refinement:        F_p = F_p + MHSA(LN(F_p))
+                     F_p = F_p + MLP(LN(F_p))              of ratio 4
+  contextualisation: F_l = F_l + MHBC^T(LN(F_p))           attention reused
+                     F_l = F_l + MLP(LN(F_l))              of ratio 1/2
+  heads:             a linear classifier on the mean of LN(F_p), one on that of
+                     LN(F_l); the logits are their mean
+
+No parameter depends on the compressed grid.
 """
 
 import dataclasses
@@ -16,7 +28,7 @@ from lookup_vit.models.mhbc import MHBC
 
 
 class LookupBlock(nn.Module):
-  """One block of LookupViT.
+  """One block of LookupViT: gathering, refinement, contextualisation.
 
   Called as `block((compressed, lookup), drop_rate)`; returns the pair and what
   is captured.

@@ -27,6 +27,9 @@ def sincos_positions(
 
   Returns:
     Array `[*grid, width]`, float32.
+
+  Raises:
+    ValueError: the width is too small for the rank.
   """
   count = width // (2 * len(grid))
   if count < 2:
@@ -94,7 +97,11 @@ def tokenise(
 def positions(
   module: nn.Module, kind: str, grid: Grid, width: int
 ) -> Float[Array, "1 n D"]:
-  """The position grid, flattened: learned (`pos_embedding`) or sin-cos."""
+  """The position grid, flattened: learned (`pos_embedding`) or sin-cos.
+
+  Raises:
+    ValueError: `kind` is neither "learned" nor "sincos".
+  """
   if kind == "learned":
     init = nn.initializers.normal(stddev=1 / math.sqrt(width))
     table = module.param("pos_embedding", init, (*grid, width))

@@ -1,8 +1,8 @@
 """Mixup and cutmix on the device.
 
 Partners are fixed neighbours (2i with 2i+1) and draws are keyed by the place
-in the global batch: no image leaves its device, and the result is the same on
-any number of devices.
+in the global batch: the result is the same on any number of devices, and no
+image leaves a device that holds an even number of them.
 """
 
 import jax
@@ -31,6 +31,12 @@ def mix(
     labels: their targets, one-hot or multi-hot.
     mixup_p: parameter of the Beta distribution; 0 for no mixup.
     cutmix_p: likewise for cutmix.
+
+  Returns:
+    The mixed images and labels, of the same shapes.
+
+  Raises:
+    ValueError: the batch is odd, and there is something to mix.
   """
   if not mixup_p and not cutmix_p:
     return images, labels

@@ -219,7 +219,8 @@ def test_vit_and_examples_without_a_label():
     ),
     (
       dict(
-        pp_fn="decode|onehot(7,key='label',key_result='labels')"
+        pp_fn="decode|value_range(-1,1)"
+        "|onehot(7,key='label',key_result='labels')"
         "|keep('image','labels')"
       ),
       ["config.evals.val.pp_fn", "7 classes", "config.num_classes is 10"],
