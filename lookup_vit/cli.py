@@ -49,7 +49,7 @@ def run(main: Callable[[Any], Any]) -> None:
       if "Configuration is not available" in text:
         # config_flags says so, at length, where the file cannot be read.
         text = text.splitlines()[-1].strip()
-      _fail(f"{text}\n(--verbosity=1 shows where)")
+      _fail(text)
 
   app.run(guarded, flags_parser=parse)
 
