@@ -46,8 +46,10 @@ def evaluate(
   # The devices that are here, not those of the training.
   config.mesh = [["data", -1]]
   if batch_size is not None:
-    config.input.batch_size = batch_size
+    # What only an update would need of a batch is not asked of this one.
     config.grad_accum_steps = 1
+    config.mixup.p = config.cutmix.p = 0.0
+    config.input.batch_size = batch_size
     for evaluator in config.evals.values():
       evaluator.batch_size = batch_size
   program = train_step.Program(config, config.total_steps)
