@@ -77,6 +77,8 @@ def run_local(config: ml_collections.ConfigDict) -> None:
 
   Model and image size are for the config itself to make small.
   """
+  if "dtype" in config.model:
+    config.model.dtype = "float32"  # CPUs compile it in less time.
   config.num_classes = 10
   config.input.data = dict(module="data.digits", split="train[:64]")
   config.input.batch_size = 8

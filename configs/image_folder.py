@@ -38,7 +38,7 @@ def get_config(arg=None):
     runlocal=False,
   )
   if arg.runlocal:
-    arg.variant, arg.res = "mu/4", 64
+    arg.variant, arg.res = "mu/16", 96
   elif not arg.folder or arg.batch < 1:
     raise ValueError("image_folder.py wants folder=FOLDER, and batch >= 1.")
   randaug, mixup = common.augreg("medium1")

@@ -23,7 +23,7 @@ def get_config(arg=None):
   if not arg["from"]:
     raise ValueError("in1k_finetune.py wants the run to start from: from=...")
   if arg.runlocal:
-    arg.res = 96
+    arg.res = 128
   source = config_utils.read_workdir(arg["from"])
   config = ml_collections.ConfigDict()
 

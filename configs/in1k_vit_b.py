@@ -30,7 +30,7 @@ AUG = {
 def get_config(arg=None):
   arg = common.parse_arg(arg, variant="B/16", res=224, aug="", runlocal=False)
   if arg.runlocal:
-    arg.variant, arg.res = "mu/4", 64
+    arg.variant, arg.res = "mu/16", 96
   randaug, mixup = common.augreg(arg.aug or AUG.get(arg.variant, "medium2"))
   config = ml_collections.ConfigDict()
 

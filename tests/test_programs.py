@@ -366,4 +366,4 @@ def test_truncated_jpeg_is_named_or_skipped(folder, tmp_path):
 
 def test_results_are_json(in21k):
   with open(os.path.join(in21k, "config.json")) as f:
-    assert json.load(f)["model"]["variant"] == "mu/4"
+    assert json.load(f)["model"]["variant"] == "mu/16"
