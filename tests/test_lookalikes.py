@@ -18,10 +18,12 @@ def _jpeg(rng):
 @pytest.fixture(scope="module")
 def imagenet2012(tmp_path_factory):
   """TFDS's own ImageNet builder, but for where its examples come from."""
+  real = tfds.builder_cls("imagenet2012")
   with tfds.core.registered.skip_registration():
 
-    class LookAlike(tfds.builder_cls("imagenet2012")):
+    class LookAlike(real):
       name = "imagenet2012"
+      pkg_dir_path = real._get_pkg_dir_path()
 
       def _split_generators(self, dl_manager):
         return {
