@@ -29,10 +29,18 @@ setup(
     "tensorflow-datasets>=4.9.10",
   ],
   extras_require={
-    "test": ["autograd", "pytest", "pytest-xdist", "ruff"],
+    "test": [
+      "apache-beam",
+      "autograd",
+      "imageio-ffmpeg",
+      "mlcroissant",
+      "pytest",
+      "pytest-xdist",
+      "ruff",
+    ],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
-    # `tfds build`, the command line, needs both.
-    "beam": ["apache-beam", "mlcroissant"],
+    # `tfds build`, the command line, needs the first two; videos the last.
+    "beam": ["apache-beam", "mlcroissant", "imageio-ffmpeg"],
   },
 )
