@@ -162,6 +162,7 @@ _FREE = (
   "ckpt_keep",
   "ckpt_keep_every",
   "input.data.data_dir",
+  "input.data.mixture.data_dir",
 )
 
 
@@ -290,14 +291,24 @@ def read_workdir(workdir: str) -> ml_collections.ConfigDict:
     return resolve(config)
 
 
-def total_steps(config: ml_collections.ConfigDict, num_examples: int) -> int:
+def total_steps(
+  config: ml_collections.ConfigDict, num_examples: int | None
+) -> int:
   """Number of update steps: `total_steps`, or that of `total_epochs`.
 
+  Args:
+    config: a resolved config.
+    num_examples: of the training data; None for a mixture of data sets.
+
   Raises:
-    ValueError: the epochs are less than a step.
+    ValueError: the epochs are less than a step, or of a mixture.
   """
   if config.total_steps is not None:
     steps = config.total_steps
+  elif num_examples is None:
+    raise ValueError(
+      "config.total_epochs: a mixture has no epochs; set config.total_steps."
+    )
   else:
     steps = config.total_epochs * num_examples / config.input.batch_size
   if steps < 1:
@@ -313,12 +324,18 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
   """Lines `field: a's value, b's value` where two configs would learn apart."""
   lines = []
 
+  # The data sets of a mixture.
+  dicts = _list_of(lambda part: isinstance(part, dict))
+
   def compare(x, y, where):
     if isinstance(x, dict) and isinstance(y, dict):
       for name in sorted({*x, *y}):
         path = f"{where}.{name}" if where else name
         if path not in _FREE:
           compare(x.get(name), y.get(name), path)
+    elif dicts(x) and dicts(y) and len(x) == len(y):
+      for one, other in zip(x, y, strict=True):
+        compare(one, other, where)
     elif x != y:
       lines.append(f"{where}: {x!r}, now {y!r}")
 

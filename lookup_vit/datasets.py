@@ -4,12 +4,16 @@ A data description is a dictionary (or ConfigDict) with exactly one source:
 
   name    a TFDS data set, "cifar10" or "imagenet2012_corrupted/fog_3"
   module  a package with a TFDS `Builder`, "data.digits"; built on first use
+          where that needs no files; also "data.imagenet21k/CONFIG:VERSION"
   folder  a directory of images, FOLDER/SPLIT/CLASS/*.jpg (.jpeg, .png)
 
 and with `split` ("train", "train[:90%]", "train+validation"), for `name` and
 `module` optionally `data_dir`, and for `folder` optionally `on_error`: what to
 do about broken images, "fail" (the default) or "skip". Fields that are None
 count as absent.
+
+Or it is a mixture: `mixture`, a list of data descriptions, each with a `weight`
+and optionally with `pp`, a preprocessing string of its own.
 """
 
 import contextlib
@@ -18,19 +22,17 @@ import functools
 import importlib
 import io
 import logging
+import math
 import os
-import time
 from collections.abc import Mapping, Sequence
-from concurrent import futures
 from typing import Any
 
-from lookup_vit import quiet_tensorflow  # noqa: F401
+from lookup_vit import damage, quiet_tensorflow  # noqa: F401
 
 # isort: split
+import ml_collections
 import tensorflow as tf
 import tensorflow_datasets as tfds
-
-from lookup_vit.preprocess import get_preprocess_fn
 
 _LOG = logging.getLogger("lookup_vit")
 
@@ -55,6 +57,8 @@ def check(data: Mapping[str, Any]) -> dict[str, Any]:
       not go with the source.
   """
   data = {key: value for key, value in dict(data).items() if value is not None}
+  if "mixture" in data:
+    raise ValueError("data.mixture is for training, and not within a mixture")
   for key in data:
     if key not in _FIELDS:
       raise ValueError(
@@ -75,6 +79,49 @@ def check(data: Mapping[str, Any]) -> dict[str, Any]:
       f"data.on_error is {data['on_error']!r}; wanted 'fail' or 'skip'"
     )
   return data
+
+
+def mixture(
+  data: Mapping[str, Any],
+) -> list[tuple[dict[str, Any], float, str | None]]:
+  """Lists the data sets of a description, several if it is of a mixture.
+
+  Returns:
+    Description, weight, and `pp` or None, of each.
+
+  Raises:
+    ValueError: a description that is not right; it is named.
+  """
+  data = dict(data)
+  if data.get("mixture") is None:
+    return [(check(data), 1.0, None)]
+  if others := [k for k, v in data.items() if v is not None and k != "mixture"]:
+    raise ValueError(f"data.{others[0]} does not apply to data.mixture")
+  if not isinstance(data["mixture"], list | tuple) or not data["mixture"]:
+    raise ValueError(
+      f"data.mixture={data['mixture']!r}: wanted a list of data descriptions"
+    )
+  sets = []
+  for i, part in enumerate(data["mixture"]):
+    if not isinstance(part, Mapping | ml_collections.ConfigDict):
+      raise ValueError(f"data.mixture[{i}]={part!r}: wanted a dict")
+    part = dict(part)
+    weight, pp = part.pop("weight", None), part.pop("pp", None)
+    is_number = isinstance(weight, int | float) and weight is not True
+    if not is_number or not 0 < weight < math.inf:
+      raise ValueError(
+        f"data.mixture[{i}].weight={weight!r}: wanted a number > 0"
+      )
+    try:
+      sets.append((check(part), weight, pp))
+    except ValueError as e:
+      raise ValueError(f"data.mixture[{i}]: {e}") from e
+  return sets
+
+
+def source(data: Mapping[str, Any]) -> str:
+  """Returns the source of a description as messages name it."""
+  return next(f"data.{key}={data[key]!r}" for key in _SOURCES if key in data)
 
 
 def get_builder(data: Mapping[str, Any]) -> tfds.core.DatasetBuilder:
@@ -114,6 +161,8 @@ def _named_builder(name, data_dir):
 
 def _module_builder(module, data_dir):
   field = f"data.module={module!r}"
+  module, _, version = module.partition(":")
+  module, _, config = module.partition("/")
   try:
     builder_class = importlib.import_module(module).Builder
   except ImportError as e:
@@ -126,11 +175,21 @@ def _module_builder(module, data_dir):
       f"{field} has no class Builder, which should be a "
       "tfds.core.GeneratorBasedBuilder"
     ) from e
-  builder = builder_class(data_dir=data_dir)
+  make = functools.partial(
+    builder_class,
+    data_dir=data_dir,
+    config=config or None,
+    version=version or None,
+  )
+  try:
+    builder = make()
+  except (AssertionError, ValueError) as e:  # No such version, or config.
+    raise ValueError(f"{field}: {e}") from e
   if builder.info.splits:
     return builder
   if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-    raise _not_prepared(builder, module.replace(".", "/"), field)
+    name = module.replace(".", "/") + (config and f" --config={config}")
+    raise _not_prepared(builder, name, field)
   _LOG.info("building %s in %s", module, builder.data_dir)
   tfds.disable_progress_bar()
   try:
@@ -138,9 +197,9 @@ def _module_builder(module, data_dir):
       builder.download_and_prepare()
   except Exception:
     # Another process on this machine may have been faster.
-    if not builder_class(data_dir=data_dir).info.splits:
+    if not make().info.splits:
       raise
-  return builder_class(data_dir=data_dir)
+  return make()
 
 
 def _not_prepared(builder, name, field):
@@ -154,9 +213,14 @@ def _not_prepared(builder, name, field):
     manual = " DIR holds files to fetch by hand: " + " ".join(
       builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split()
     )
+  parent = builder.data_path.parent
+  others = []
+  if parent.exists():
+    others = sorted(path.name for path in parent.iterdir())
+  there = f"; {parent} has {', '.join(others)}" if others else ""
   return ValueError(
-    f"{field} is not prepared: nothing in {builder.data_path}. Prepare it with "
-    f"`{command}` (which wants `pip install apache-beam mlcroissant`), or set "
+    f"{field} is not prepared: no data set in {builder.data_path}{there}. "
+    f"Prepare it with `{command}` (which wants `pip install apache-beam mlcroissant`), or set "
     f"data.data_dir to where it is.{manual}"
   )
 
@@ -173,10 +237,22 @@ def _folder_builder(folder):
 
 
 def num_classes(data: Mapping[str, Any]) -> int | None:
-  """Returns the number of classes of `label`, None if it is no ClassLabel."""
-  label = dict(get_builder(data).info.features).get("label")
-  is_class = isinstance(label, tfds.features.ClassLabel)
-  return label.num_classes if is_class else None
+  """Returns the number of classes of `label`, None if it is no ClassLabel.
+
+  Raises:
+    ValueError: the data sets of a mixture differ in it.
+  """
+  found = {}
+  for description, _, _ in mixture(data):
+    label = dict(get_builder(description).info.features).get("label")
+    is_class = isinstance(label, tfds.features.ClassLabel)
+    found[source(description)] = label.num_classes if is_class else None
+  if len(set(found.values())) > 1:
+    raise ValueError(
+      "a mixture wants data sets of the same classes; it has "
+      + ", ".join(f"{n} of {name}" for name, n in found.items())
+    )
+  return next(iter(found.values()))
 
 
 def num_examples(data: Mapping[str, Any]) -> int:
@@ -196,11 +272,15 @@ def num_examples(data: Mapping[str, Any]) -> int:
   builder = get_builder(data)
   if "folder" in data:
     return len(folder_examples(builder, data))
-  return sum(len(positions) for _, positions in _slices(builder, data))
+  return sum(len(positions) for _, positions in slices(builder, data))
 
 
-def _slices(builder, data) -> list[tuple[str, range]]:
-  """Resolves `data.split` to names of splits and ranges of their examples."""
+def slices(builder, data) -> list[tuple[str, range]]:
+  """Resolves `data.split` to names of splits and ranges of their examples.
+
+  Raises:
+    ValueError: there is no such split, or it is not set.
+  """
   splits = builder.info.splits
   if "split" not in data:
     raise ValueError(f"data.split is not set; there are {', '.join(splits)}")
@@ -225,12 +305,12 @@ def folder_examples(builder, data) -> list[tuple[str, int]]:
   label = builder.info.features["label"]
   examples = [
     (example.image_path, label.str2int(example.label))
-    for name, positions in _slices(builder, data)
+    for name, positions in slices(builder, data)
     for example in builder._split_examples[name][
       positions.start : positions.stop
     ]
   ]
-  broken = find_broken(tuple(path for path, _ in examples))
+  broken = damage.find_broken(tuple(path for path, _ in examples))
   if not broken:
     return examples
   if data.get("on_error", "fail") == "fail":
@@ -250,9 +330,7 @@ def _warn_once(message):
 
 def broken_error(data, broken, total):
   # The files may have been repaired before the next call.
-  find_broken.cache_clear()
-  names = "".join(f"\n  {path}: {broken[path]}" for path in list(broken)[:10])
-  more = f"\n  and {len(broken) - 10} more" if len(broken) > 10 else ""
+  damage.find_broken.cache_clear()
   advice = "Repair or delete them"
   if data.get("on_error", "fail") == "fail":
     advice += (
@@ -261,82 +339,5 @@ def broken_error(data, broken, total):
     )
   return ValueError(
     f"data.folder={data['folder']!r}: {len(broken)} of the {total} images of "
-    f"split {data['split']!r} are broken. {advice}.{names}{more}"
+    f"split {data['split']!r} are broken. {advice}.{damage.listing(broken)}"
   )
-
-
-@functools.lru_cache(maxsize=8)
-def find_broken(paths: tuple[str, ...], full: bool = False) -> dict[str, str]:
-  """Finds images that cannot be decoded.
-
-  Args:
-    paths: files.
-    full: decode all of them; else only those with an unusual head or tail,
-      which finds truncated and foreign files but not damage in the middle.
-
-  Returns:
-    What is wrong with each broken file, by its path, in the order of `paths`.
-  """
-  error_of = _decode_error if full else _image_error
-
-  def check(group):
-    return [(path, error) for path in group if (error := error_of(path))]
-
-  broken = {}
-  start = last = time.monotonic()
-  # Groups, as a task for the pool costs more than the check of a file. Threads,
-  # for storage that answers slowly.
-  groups = [paths[i : i + 64] for i in range(0, len(paths), 64)]
-  with futures.ThreadPoolExecutor(16) as pool:
-    for done, errors in enumerate(pool.map(check, groups), 1):
-      broken.update(errors)
-      if time.monotonic() - last > 5:
-        last = time.monotonic()
-        _LOG.info(
-          "checked %d of %d images in %.0f s, %d of them broken",
-          min(done * 64, len(paths)),
-          len(paths),
-          last - start,
-          len(broken),
-        )
-  return broken
-
-
-def _image_error(path: str) -> str | None:
-  """Says what is wrong with an image, from its head and tail if these do."""
-  try:
-    with tf.io.gfile.GFile(path, "rb") as file:
-      size = file.size()
-      head = file.read(8)
-      file.seek(max(size - 12, 0))
-      tail = file.read(12)
-  except _BROKEN as e:
-    return e.message.splitlines()[0]
-  if size == 0:
-    return "the file is empty"
-  if head.startswith(b"\xff\xd8") and tail.endswith(b"\xff\xd9"):
-    return None
-  if head == b"\x89PNG\r\n\x1a\n" and tail[4:8] == b"IEND":
-    return None
-  # Bytes after the end of an image are common, and decoders ignore them.
-  return _decode_error(path)
-
-
-def _decode_error(path: str) -> str | None:
-  """Says what is wrong with an image by decoding it as training would."""
-  try:
-    seed = tf.zeros(2, tf.int32)
-    get_preprocess_fn("decode")({"image": tf.io.read_file(path)}, seed)
-  except _BROKEN as e:
-    return e.message.splitlines()[0]
-  return None
-
-
-# Errors that every host will see alike; others, such as a storage that is not
-# available for a moment, must not decide which images a split has.
-_BROKEN = (
-  tf.errors.FailedPreconditionError,
-  tf.errors.InvalidArgumentError,
-  tf.errors.NotFoundError,
-  tf.errors.PermissionDeniedError,
-)

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from lookup_vit import (
   config_utils,
   datasets,
   input_pipeline,
+  input_wait,
   metric_writer,
   parallel,
   train_step,
@@ -38,6 +39,9 @@ log = logging.getLogger("lookup_vit")
 # enough that a loss that is not finite is seen soon (and that many virtual CPU
 # devices in one process do not deadlock).
 _IN_FLIGHT = 8
+
+# Share of the time that the devices wait for data from which on it is told.
+_SLOW_INPUT = 0.1
 
 
 def train_and_evaluate(
@@ -63,7 +67,10 @@ def train_and_evaluate(
   train_step.build_model(config)
   data = config.input.data
   with config_utils.at_fault("config.input"):
-    num_examples = datasets.num_examples(data)
+    sets = datasets.mixture(data)
+    num_examples = None
+    if len(sets) == 1:
+      num_examples = datasets.num_examples(sets[0][0])
     if config.num_classes is None:
       config.num_classes = datasets.num_classes(data)
   # Known from here on: to evaluate a run, its training data are not needed.
@@ -97,13 +104,16 @@ def train_and_evaluate(
   )
 
   # Training.
-  progress = Progress(program, writer, store, start, total_steps)
-  dataset = make_dataset(config, start)
-  batches = prefetch(input_pipeline.numpy_iterator(dataset, data), program.mesh)
+  wait = input_wait.InputWait()
+  progress = Progress(program, writer, store, wait, start, total_steps)
+  batches = prefetch(make_dataset(config, start), program.mesh)
   try:
     for step in range(start, total_steps):
       grid = train_step.draw_grid(program.grids, config.seed, step)
-      state, scalars = program.update_step(state, next(batches), grid)
+      with wait.fetching():
+        batch = next(batches)
+      state, scalars = program.update_step(state, batch, grid)
+      wait.dispatched(scalars["loss"])
       progress.add(step + 1, grid, scalars)
       last = step + 1 == total_steps
       due = due_evaluators(evaluators, step + 1, last)
@@ -120,6 +130,7 @@ def train_and_evaluate(
       due = due_evaluators(evaluators, start, True)
       metrics = evaluate(due, state, start, None)
   finally:
+    wait.close()
     store.close()
     if writer:
       writer.close()
@@ -131,7 +142,9 @@ def train_and_evaluate(
   return state
 
 
-def make_dataset(config: ml_collections.ConfigDict, start_step: int) -> Any:
+def make_dataset(
+  config: ml_collections.ConfigDict, start_step: int
+) -> input_pipeline.Batches:
   """This process's training batches, from a step on.
 
   Raises:
@@ -249,7 +262,7 @@ def evaluate(
 
 
 def prefetch(
-  batches: Iterator[Any], mesh: Any, ahead: int = 2
+  batches: Iterable[Any], mesh: Any, ahead: int = 2
 ) -> Iterator[Any]:
   """Puts batches on the devices, some ahead of their use."""
   queue = collections.deque()
@@ -267,14 +280,16 @@ class Progress:
     program: what is trained.
     writer: None on processes that do not write.
     store: where the last good checkpoint is.
+    wait: what the devices waited for data.
     step: of the state that training starts from.
     total_steps: length of the training.
   """
 
-  def __init__(self, program, writer, store, step, total_steps):
+  def __init__(self, program, writer, store, wait, step, total_steps):
     self.config = program.config
     self.writer = writer
     self.store = store
+    self.wait = wait
     self.total_steps = total_steps
     self.pending = collections.deque()
     self.start = step
@@ -282,7 +297,7 @@ class Progress:
 
   def restart_clock(self, step: int) -> None:
     """Leaves out of the rate what was done since the last update."""
-    self.since = (step, time.monotonic())
+    self.since = (step, time.monotonic(), self.wait.seconds)
 
   def add(self, step: int, grid: Any, scalars: dict[str, jax.Array]) -> None:
     """Notes an update that was started; looks at those long started."""
@@ -322,13 +337,17 @@ class Progress:
     ]
     if grid is not None:
       parts.append(values["train/grid"])
-    then, clock = self.since
+    then, clock, waited = self.since
+    seconds = time.monotonic() - clock
+    values["train/input_wait"] = (self.wait.seconds - waited) / seconds
     if step > self.start + 1:  # The first step's time is that of compiling.
-      rate = (step - then) / (time.monotonic() - clock)
+      rate = (step - then) / seconds
       values["train/images_per_second"] = rate * self.config.input.batch_size
       parts.append(f"{values['train/images_per_second']:.0f} images/s")
       left = round((self.total_steps - step) / rate)
       parts.append(f"ETA {datetime.timedelta(seconds=left)}")
+      if values["train/input_wait"] > _SLOW_INPUT:
+        parts.append(f"waits for data {values['train/input_wait']:.0%}")
     self.restart_clock(step)
     log.info("  ".join(parts))
     if self.writer:

@@ -42,7 +42,6 @@ class Evaluator:
     config = program.config
     self.program = program
     self.name = name
-    self.data = data
     self.grids = program.grids
     if batch_size is None:
       batch_size = config.input.batch_size
@@ -85,7 +84,7 @@ class Evaluator:
 
   def batches(self) -> Iterator[dict[str, Any]]:
     """This process's batches of NumPy arrays, padding marked in `_mask`."""
-    return input_pipeline.numpy_iterator(self.dataset, self.data)
+    return iter(self.dataset)
 
   def run(self, params: Any) -> Iterator[tuple[str, float]]:
     """Evaluates parameters; yields names and values."""

@@ -1,0 +1,315 @@
+"""The undecoded records of a prepared data set, and what is wrong with them.
+
+TFRecord files are read in sequence; ArrayRecord files and images of a folder in
+any order.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from typing import Any
+
+import numpy as np
+
+from lookup_vit import damage, datasets, quiet_tensorflow  # noqa: F401
+
+# isort: split
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from lookup_vit.preprocess import get_preprocess_fn
+
+_LOG = logging.getLogger("lookup_vit")
+
+# Bytes of a TFRecord beside its content: length, and two checksums.
+_FRAME = 16
+# Bytes to read at a time, where every request costs and where it does not.
+_REMOTE_BUFFER = 8 << 20
+_LOCAL_BUFFER = 1 << 16
+_LARGE_RECORD = 1 << 12
+# Records of an ArrayRecord file to read at a time in sequence.
+_AT_A_TIME = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+  """TFRecord files, or parts of them, in the order of the split.
+
+  Attributes:
+    paths: of the files.
+    skips: records of each file that are not of the split, before its own.
+    sizes: number of records of each.
+    buffer_size: bytes to read at a time; 0 reads each record by itself.
+  """
+
+  paths: tuple[str, ...]
+  skips: np.ndarray
+  sizes: np.ndarray
+  buffer_size: int
+
+  def read(
+    self, shard: tf.Tensor, skip: tf.Tensor, take: tf.Tensor
+  ) -> tf.data.Dataset:
+    """Reads parts of shards, one after the other.
+
+    Args:
+      shard: int64 [n], which shards.
+      skip: int64 [n], their records to pass over. These are not read where
+        `buffer_size` is 0.
+      take: int64 [n], their records to read.
+
+    Returns:
+      A dataset of (index in the split, record).
+    """
+    firsts = np.cumsum(self.sizes) - self.sizes
+    parts = tf.data.Dataset.from_tensor_slices(
+      (
+        tf.gather(tf.constant(self.paths), shard),
+        tf.gather(tf.constant(self.skips), shard) + skip,
+        take,
+        tf.gather(tf.constant(firsts), shard) + skip,
+      )
+    )
+
+    def read_part(path, skip, take, first):
+      records = tf.data.TFRecordDataset(path, buffer_size=self.buffer_size)
+      index = tf.data.Dataset.range(first, first + take)
+      return tf.data.Dataset.zip(index, records.skip(skip).take(take))
+
+    return parts.flat_map(read_part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """The records of a split.
+
+  Attributes:
+    data: the data description.
+    size: number of records.
+    load: function from a record to the example that preprocessing starts from.
+    shards: the files, where they are read in sequence; else None.
+    read: function from indices, int64 [n], to records, [n]; None for shards.
+    where: function from an index to the place of the record, for messages.
+  """
+
+  data: dict[str, Any]
+  size: int
+  load: Callable[[tf.Tensor], dict[str, Any]]
+  where: Callable[[int], str]
+  shards: Shards | None = None
+  read: Callable[[tf.Tensor], tf.Tensor] | None = None
+
+  def in_sequence(self, first: int, last: int) -> tf.data.Dataset:
+    """Makes a dataset of (index, record), those of [first, last)."""
+    if self.shards is None:
+      indices = tf.data.Dataset.range(first, last).batch(_AT_A_TIME)
+      return indices.map(lambda i: (i, self.read(i))).unbatch()
+    ends = np.cumsum(self.shards.sizes)
+    skip = np.clip(first - ends + self.shards.sizes, 0, self.shards.sizes)
+    until = np.clip(last - ends + self.shards.sizes, 0, self.shards.sizes)
+    [some] = np.nonzero(until > skip)
+    return self.shards.read(some, skip[some], (until - skip)[some])
+
+
+def open_records(data) -> Records:
+  """Finds the records of a split.
+
+  Args:
+    data: a data description.
+
+  Returns:
+    The records, of which nothing was read yet.
+
+  Raises:
+    ValueError: if the data are not there, broken or empty.
+  """
+  data = datasets.check(data)
+  builder = datasets.get_builder(data)
+  size = datasets.num_examples(data)
+  if not size:
+    raise ValueError(f"data.split={data['split']!r} has no examples")
+  if "folder" in data:
+    return _open_folder(data, builder)
+  _check_files(data, builder)
+  files = builder.info.splits[data["split"]].file_instructions
+  firsts = np.cumsum([0] + [f.take for f in files])
+
+  def where(index):
+    i = int(np.searchsorted(firsts, index, "right")) - 1
+    file = files[i]
+    return f"record {file.skip + index - firsts[i]} of {file.filename}"
+
+  fields = dict(data=data, size=size, load=_parser(builder), where=where)
+  file_format = builder.info.file_format
+  if file_format == tfds.core.FileFormat.TFRECORD:
+    return Records(shards=_make_shards(builder, files), **fields)
+  if file_format == tfds.core.FileFormat.ARRAY_RECORD:
+    return Records(read=_array_record_reader(builder, data), **fields)
+  raise ValueError(
+    f"{datasets.source(data)}: the files in {builder.data_path} are of the "
+    f"format {file_format.value}; wanted tfrecord or array_record"
+  )
+
+
+def _open_folder(data, builder):
+  paths, labels = zip(*datasets.folder_examples(builder, data), strict=True)
+  paths_tensor = tf.constant(paths)
+  labels_tensor = tf.constant(labels, tf.int64)
+
+  # Of an index only, so that what others have is not read.
+  def load(index):
+    path = paths_tensor[index]
+    return {"image": tf.io.read_file(path), "label": labels_tensor[index]}
+
+  return Records(
+    data=data,
+    size=len(paths),
+    load=load,
+    where=lambda index: paths[index],
+    read=lambda indices: indices,
+  )
+
+
+def _make_shards(builder, files):
+  splits = builder.info.splits.values()
+  mean = sum(s.num_bytes for s in splits) / sum(s.num_examples for s in splits)
+  if any("://" in f.filename for f in files):
+    buffer_size = _REMOTE_BUFFER
+  else:
+    # Large records are read each by itself, so that skipped ones are not.
+    buffer_size = 0 if mean >= _LARGE_RECORD else _LOCAL_BUFFER
+  return Shards(
+    paths=tuple(f.filename for f in files),
+    skips=np.array([f.skip for f in files], np.int64),
+    sizes=np.array([f.take for f in files], np.int64),
+    buffer_size=buffer_size,
+  )
+
+
+def _array_record_reader(builder, data):
+  source = builder.as_data_source(data["split"]).data_source
+
+  def read(indices):
+    def fetch(indices):
+      return np.array(source.__getitems__(indices.tolist()), object)
+
+    return tf.numpy_function(fetch, [indices], tf.string, stateful=False)
+
+  return read
+
+
+def _parser(builder) -> Callable:
+  """Returns a function from a serialised record to an example.
+
+  Images and videos stay encoded, but for images that are all of one size:
+  undecoded, they would lose that size, and could only be batched after a
+  needless resize. The op `decode` leaves those as they are.
+  """
+  features = builder.info.features
+  is_encoded = (tfds.features.Image, tfds.features.Video)
+  decoders = {
+    key: tfds.decode.SkipDecoding()
+    for key, feature in dict(features).items()
+    if isinstance(feature, is_encoded)
+  }
+  decode = _image_decoder(dict(features).get("image"))
+
+  def load(record):
+    return decode(features.deserialize_example(record, decoders=decoders))
+
+  return load
+
+
+def _image_decoder(feature) -> Callable:
+  if (
+    not isinstance(feature, tfds.features.Image)
+    or None in feature.shape
+    or feature.np_dtype != np.uint8
+    or feature.shape[-1] not in (1, 3)
+  ):
+    return lambda example: example
+  decode = get_preprocess_fn(f"decode({feature.shape[-1]})")
+
+  def decode_image(example):
+    example = decode(example, tf.zeros(2, tf.int32))
+    image = tf.ensure_shape(example["image"], feature.shape)
+    return {**example, "image": image}
+
+  return decode_image
+
+
+# --- Damage
+
+
+def _files(data, builder) -> list[tuple[str, int]]:
+  """Lists the files of the splits that `data.split` is of, and their sizes."""
+  files = []
+  for name in dict.fromkeys(name for name, _ in datasets.slices(builder, data)):
+    info = builder.info.splits[name]
+    files += zip(map(str, info.filepaths), info.shard_lengths, strict=True)
+  return files
+
+
+def _check_files(data, builder) -> None:
+  """Raises ValueError if files of a split are missing or cut; names them."""
+  files = _files(data, builder)
+
+  def length(path):
+    try:
+      return tf.io.gfile.stat(path).length
+    except tf.errors.NotFoundError:
+      return None
+
+  with futures.ThreadPoolExecutor(16) as pool:
+    lengths = list(pool.map(length, [path for path, _ in files]))
+  missing = {
+    path: "is missing"
+    for (path, _), n in zip(files, lengths, strict=True)
+    if n is None
+  }
+  if missing:
+    raise _damage_error(data, missing, len(files))
+  names = {name for name, _ in datasets.slices(builder, data)}
+  infos = [builder.info.splits[name] for name in names]
+  is_tfrecord = builder.info.file_format == tfds.core.FileFormat.TFRECORD
+  # TFDS writes 0 where it does not know the number of bytes.
+  if is_tfrecord and all(info.num_bytes for info in infos):
+    wanted = sum(i.num_bytes + _FRAME * i.num_examples for i in infos)
+    if sum(lengths) < wanted and (damaged := damage.find_damaged(files)):
+      raise _damage_error(data, damaged, len(files))
+
+
+def _damage_error(data, damaged, total) -> ValueError:
+  return ValueError(
+    f"{datasets.source(data)}: {len(damaged)} of the {total} files of split "
+    f"{data['split']!r} are damaged. Copy them again, or delete the directory "
+    f"and prepare it again.{damage.listing(damaged)}"
+  )
+
+
+def check_for_damage(data: Mapping[str, Any]) -> None:
+  """Reads all TFRecord files of a data set to find those that are damaged.
+
+  Raises:
+    ValueError: some are; they are named.
+  """
+  builder = datasets.get_builder(data)
+  if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
+    _LOG.info("%s: checking all files", datasets.source(data))
+    files = _files(data, builder)
+    if damaged := damage.find_damaged(files):
+      raise _damage_error(data, damaged, len(files))
+
+
+@contextlib.contextmanager
+def at_fault(records: Records, index: int) -> Iterator[None]:
+  """Turns an op's error into a ValueError that names the record it is about."""
+  try:
+    yield
+  except tf.errors.OpError as e:
+    raise ValueError(
+      f"{datasets.source(records.data)}: {records.where(index)}: "
+      f"{damage.reason(e)}"
+    ) from e
