@@ -2,17 +2,14 @@
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from lookup_vit import checkpoints, config_utils, evaluate, metric_writer, train
+from lookup_vit import config_utils, evaluate, metric_writer, train
 from tests import small
 
 
@@ -84,60 +81,6 @@ def test_configs_of_other_sizes_resolve(name, variant):
   assert "(384)" in config.input.pp
 
 
-_TRAIN = """
-import sys
-sys.path.insert(0, ".")
-from lookup_vit import cli, train
-from tests import small
-cli.setup_logging()
-train.train_and_evaluate(
-  small.config(
-    total_steps=40,
-    ckpt_steps=3,
-    evals__test__log_steps=3,
-    ema_decay=0.9,
-    mixup=dict(p=0.2),
-    model__stochastic_depth=0.2,
-    input__pp="decode|inception_crop(32)|flip_lr|randaug(2,10)"
-    "|value_range(-1,1)|keep('image','label')",
-  ),
-  sys.argv[1],
-)
-"""
-
-
-def test_kill_9_and_again_ends_with_the_same_bits(tmp_path):
-  undisturbed, killed = str(tmp_path / "a"), str(tmp_path / "b")
-  process = _python("-c", _TRAIN, undisturbed)
-  _, err = process.communicate()
-  assert process.returncode == 0, err
-  want = checkpoints.load_params(undisturbed)
-
-  kills = sorted(random.Random(time.time()).sample(range(2, 38), 2))
-  print("killed at", kills)
-  for at in kills:
-    process = _python("-c", _TRAIN, killed)
-    path = os.path.join(killed, "metrics.jsonl")
-    while process.poll() is None:
-      if os.path.exists(path) and _last_step(killed) >= at:
-        process.send_signal(signal.SIGKILL)
-        break
-      time.sleep(0.005)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, f"ended before step {at}"
-  process = _python("-c", _TRAIN, killed)
-  _, err = process.communicate()
-  assert process.returncode == 0, err
-  assert "Continuing from step" in err
-  got = checkpoints.load_params(killed)
-  assert want[1] == got[1] == 40
-  np.testing.assert_equal(_arrays(got[0]), _arrays(want[0]))
-  assert small.results(killed) == small.results(undisturbed)
-  # The rows of the metrics are those of one run too.
-  assert _losses(killed) == _losses(undisturbed)
-  assert _evaluations(killed) == _evaluations(undisturbed)
-
-
 def _last_step(workdir):
   rows = metric_writer.read(workdir)
   return rows[-1]["step"] if rows else 0
@@ -146,16 +89,6 @@ def _last_step(workdir):
 def _losses(workdir):
   rows = metric_writer.read(workdir)
   return [(r["step"], r["train/loss"]) for r in rows if "train/loss" in r]
-
-
-def _evaluations(workdir):
-  return [r for r in metric_writer.read(workdir) if "train/loss" not in r]
-
-
-def _arrays(tree):
-  import jax
-
-  return [np.asarray(x) for x in jax.tree.leaves(tree)]
 
 
 _DEVICES = """

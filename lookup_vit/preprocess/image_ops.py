@@ -388,7 +388,6 @@ def value_range(
   Returns:
     An op from any dtype to float32.
   """
-
   low, high = np.array(in_min, np.float32), np.array(in_max, np.float32)
   with np.errstate(divide="ignore"):  # vmin = vmax is allowed.
     scale = (high - low) / np.float32(vmax - vmin)

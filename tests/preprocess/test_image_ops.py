@@ -223,6 +223,19 @@ def test_resize_keeps_range_of_overshooting_methods():
   assert np.all(np.diff(got[0, 8:24, 0].astype(int)) >= 0)
 
 
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("method", ["area", "bilinear", "nearest", "lanczos5"])
+@pytest.mark.parametrize("size", [(7, 9), (33, 50), (64, 41)])
+def test_resize_is_that_of_tensorflow_within_the_range(method, size, antialias):
+  rng = np.random.default_rng(0)
+  for values in ([0, 255], [0, 1], [254, 255], range(256)):
+    image = rng.choice(values, (29, 31, 3)).astype(np.uint8)
+    got = apply(f"resize({size}, '{method}', {antialias})", image)
+    want = tf.image.resize(image, size, method=method, antialias=antialias)
+    want = np.clip(want, 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(got, want)
+
+
 def test_central_crop():
   image = positions(9, 12)
   np.testing.assert_array_equal(
@@ -294,6 +307,8 @@ def test_value_range():
   )
   got = apply("value_range(0, 1, (0, 0, 9), (1, 2, 19))", positions(3, 3))
   np.testing.assert_allclose(got[2, 1], [2, 0.5, 0])
+  got = apply("value_range(1, 1)", image)
+  np.testing.assert_array_equal(got, np.ones(image.shape, np.float32))
 
 
 TRAIN = (

@@ -18,7 +18,10 @@ PHOTO = np.ascontiguousarray(load_sample_images().images[0][100:147, 300:361])
 NOISE = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
 DARK = PHOTO // 3 + 20
 FLAT = np.full((20, 30, 3), 77, np.uint8)
-IMAGES = [PHOTO, NOISE, DARK, FLAT]
+# A channel of one value, one of two and one of many.
+MIXED = np.stack([FLAT[..., 0], FLAT[..., 0], NOISE[:20, :30, 0]], axis=-1)
+MIXED[3, :, 1] = 200
+IMAGES = [PHOTO, NOISE, DARK, FLAT, MIXED]
 MAGNITUDES = [0, 1, 5, 10, 15, 20]
 
 
@@ -146,6 +149,41 @@ def test_shear(magnitude):
       assert max(same) > 0.95
       seen.add(int(np.argmax(same)))
     assert seen == {0, 1}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shape", [(37, 53), (1, 9), (8, 1), (64, 64)])
+def test_shear_is_the_affine_map(shape, axis):
+  image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+  image = tf.constant(image)
+  # No source is half way between two pixels, where either would do.
+  for amount in (0.0, 0.2937, -0.2937, 0.4531, -0.4531, 1.7123, -1.7123):
+    matrix = [1, 0, 0, 0, 1, 0]
+    matrix[1 if axis == 1 else 3] = amount
+    want = ra.project(image, matrix)
+    got = ra.shear(image, amount, axis)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("pixels", [0.0, 0.3, -0.3, 12.7, -12.7, 99.0, -99.0])
+def test_translate_by_part_of_a_pixel_takes_the_nearest(axis, pixels):
+  matrix = [1, 0, 0, 0, 1, 0]
+  matrix[5 if axis == 0 else 2] = pixels
+  want = ra.project(tf.constant(NOISE), matrix)
+  got = ra.translate(tf.constant(NOISE), pixels, axis)
+  np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (2, 2), (5, 2), (3, 3)])
+def test_ops_on_tiny_images(shape):
+  image = np.random.default_rng(3).integers(0, 256, (*shape, 3), np.uint8)
+  for magnitude in (0, 15):
+    for name in ra.ops_at(magnitude):
+      for s in range(4):
+        run(name, magnitude, image, [s, 0])  # It checks shape and dtype.
+  if min(shape) < 3:  # All border.
+    np.testing.assert_array_equal(run("Sharpness", 15, image), image)
 
 
 def test_rotate():
