@@ -48,7 +48,7 @@ def get_config(arg=None):
     ),
     image_size=(arg.res, arg.res),
     batch_size=4096,
-    shuffle_buffer_size=250_000,
+    shuffle_buffer_size=50_000,  # over all hosts, about 110 KB each
   )
 
   config.model_name = "vit"

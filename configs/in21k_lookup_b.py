@@ -3,8 +3,8 @@ r"""Multi-resolution LookupViT on ImageNet-21k, trained as `in21k_vit_b.py` is.
     python -m lookup_vit.train --config=configs/in21k_lookup_b.py \
         --workdir=gs://BUCKET/in21k_lookup_b
 
-Arguments: `--config=configs/in21k_lookup_b.py:variant=L/16`, `runlocal`
-for a trial without ImageNet.
+Arguments: `--config=configs/in21k_lookup_b.py:variant=L/16,release=fall11`,
+`runlocal` for a trial without ImageNet.
 """
 
 from configs import common, in21k_vit_b

@@ -7,8 +7,9 @@ mean pooling.
     python -m lookup_vit.train --config=configs/in21k_vit_b.py \
         --workdir=gs://BUCKET/in21k_vit_b
 
-Arguments: `--config=configs/in21k_vit_b.py:variant=L/16`, `runlocal` for a
-trial without ImageNet.
+Arguments: `--config=configs/in21k_vit_b.py:variant=L/16,release=fall11`,
+`runlocal` for a trial without ImageNet. The data are those of
+`data/imagenet21k`, which takes the release of winter 2021 or of fall 2011.
 """
 
 import ml_collections
@@ -25,29 +26,42 @@ AUG = {
   "L/16": "medium2",
 }
 
+# Of the releases that data/imagenet21k builds.
+CLASSES = {"winter21": 19_167, "fall11": 21_841}
+
 
 def get_config(arg=None):
-  arg = common.parse_arg(arg, variant="B/16", res=224, aug="", runlocal=False)
+  arg = common.parse_arg(
+    arg,
+    variant="B/16",
+    res=224,
+    aug="",
+    release="winter21",
+    runlocal=False,
+  )
+  if arg.release not in CLASSES:
+    raise ValueError(f"release={arg.release!r}: want one of {list(CLASSES)}.")
   if arg.runlocal:
     arg.variant, arg.res = "mu/16", 96
   randaug, mixup = common.augreg(arg.aug or AUG.get(arg.variant, "medium2"))
+  module = f"data.imagenet21k/{arg.release}"
   config = ml_collections.ConfigDict()
 
   config.seed = 0
   config.total_epochs = 300
-  config.num_classes = 21_843
+  config.num_classes = CLASSES[arg.release]
   config.loss = "sigmoid_xent"
   config.mixup = mixup
 
   config.input = dict(
-    data=dict(module="data.imagenet21k", split="train[51200:]"),
+    data=dict(module=module, split="train[51200:]"),
     pp=(
       f"decode_jpeg_and_inception_crop({arg.res})|flip_lr|{randaug}"
       "|value_range(-1,1)|keep('image','label')"
     ),
     image_size=(arg.res, arg.res),
     batch_size=4096,
-    shuffle_buffer_size=250_000,
+    shuffle_buffer_size=50_000,  # over all hosts, about 110 KB each
   )
 
   config.model_name = "vit"
@@ -71,7 +85,7 @@ def get_config(arg=None):
   def evaluation(split):
     return dict(
       type="classification",
-      data=dict(module="data.imagenet21k", split=split),
+      data=dict(module=module, split=split),
       pp_fn=(
         f"decode|resize_small({arg.res * 8 // 7})|central_crop({arg.res})"
         "|value_range(-1,1)|keep('image','label')"

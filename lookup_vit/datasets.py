@@ -184,7 +184,8 @@ def _module_builder(module, data_dir):
   try:
     builder = make()
   except (AssertionError, ValueError) as e:  # No such version, or config.
-    raise ValueError(f"{field}: {e}") from e
+    names = ", ".join(builder_class.builder_configs) or "none"
+    raise ValueError(f"{field}: {str(e).strip()} (configs: {names})") from e
   if builder.info.splits:
     return builder
   if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
@@ -220,7 +221,7 @@ def _not_prepared(builder, name, field):
   there = f"; {parent} has {', '.join(others)}" if others else ""
   return ValueError(
     f"{field} is not prepared: no data set in {builder.data_path}{there}. "
-    f"Prepare it with `{command}` (which wants `pip install apache-beam mlcroissant`), or set "
+    f"Prepare it with `{command}` (which wants the packages of setup.py's extra `beam`), or set "
     f"data.data_dir to where it is.{manual}"
   )
 

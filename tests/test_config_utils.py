@@ -250,6 +250,21 @@ def test_differences_of_lists_and_tuples_and_of_nested_names():
   assert config_utils.differences(a, b) == ["x: {'y': {'z': 1}}, now 2"]
 
 
+def test_differences_of_mixtures():
+  def config(**fields):
+    parts = [dict(name="a", data_dir="x", weight=1), dict(name="b", weight=2)]
+    parts[0] |= fields
+    return dict(input=dict(data=dict(mixture=parts)))
+
+  assert config_utils.differences(config(), config(data_dir="y")) == []
+  [line] = config_utils.differences(config(), config(weight=3))
+  assert line == "input.data.mixture.weight: 1, now 3"
+  other = config()
+  other["input"]["data"]["mixture"].pop()
+  [line] = config_utils.differences(config(), other)
+  assert line.startswith("input.data.mixture: [{")
+
+
 @pytest.mark.parametrize("grid", [(5, 5), (4, 5, 6), (10,), (1, 12)])
 def test_grids(grid):
   assert config_utils.parse_grid(config_utils.format_grid(grid)) == grid

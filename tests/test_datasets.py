@@ -1,6 +1,7 @@
 """Tests of lookup_vit/datasets.py."""
 
 import logging
+import shutil
 import sys
 import types
 
@@ -116,6 +117,9 @@ def test_unusual_but_legal_images_are_kept(folder):
     ({"name": "cifar10:9.0.0"}, ["9.0.0", "3.0.2"]),
     ({"name": "imagenet2012_corrupted/fog_9"}, ["fog_9", "fog_1"]),
     ({"module": "data.nothing"}, ["data.nothing", "root of the repo"]),
+    ({"module": "data.digits:9.9.9"}, ["data.digits:9.9.9", "1.0.0"]),
+    ({"module": "data.imagenet21k/spring"}, ["spring", "winter21"]),
+    ({"mixture": []}, ["data.mixture"]),
     ({"module": "lookup_vit"}, ["'lookup_vit'", "no class Builder"]),
     ({"folder": "/nowhere/at/all"}, ["/nowhere/at/all", "FOLDER/SPLIT/CLASS"]),
   ],
@@ -141,6 +145,71 @@ def test_set_that_is_not_prepared(tmp_path):
   want = f"tfds build {data['name']} --data_dir={tmp_path} --manual_dir="
   assert want in str(e.value)
   assert "ILSVRC2012_img_val.tar" in str(e.value)
+
+
+def test_version_that_is_not_prepared(digits, tmp_path):
+  """What is there is said, also a preparation that was not finished."""
+  shutil.copytree(digits["data_dir"], tmp_path, dirs_exist_ok=True)
+  done = tmp_path / "digits" / "1.0.0"
+  half = done.rename(done.parent / "incomplete.ABC123_1.0.0")
+  data = {"name": "digits", "split": "train", "data_dir": str(tmp_path)}
+  with pytest.raises(ValueError, match="digits"):
+    datasets.get_builder(data)
+  data = {"module": "data.imagenet21k", "data_dir": str(tmp_path)}
+  old = tmp_path / "imagenet21k" / "winter21" / "0.9.0"
+  half.rename(tmp_path / "half")
+  old.mkdir(parents=True)
+  with pytest.raises(ValueError) as e:
+    datasets.get_builder(data)
+  for word in ("winter21/1.0.0", "has 0.9.0", "data/imagenet21k --data_dir="):
+    assert word in str(e.value)
+  data["module"] += "/fall11"
+  with pytest.raises(ValueError, match="imagenet21k --config=fall11 --data_d"):
+    datasets.get_builder(data)
+
+
+DIGITS = {"module": "data.digits", "split": "train[:9]"}
+
+
+def test_mixtures(digits):
+  assert datasets.mixture(DIGITS) == [(DIGITS, 1.0, None)]
+  parts = [{**digits, "weight": 2, "pp": "decode"}, {**DIGITS, "weight": 0.5}]
+  config = ml_collections.ConfigDict({"mixture": parts, "name": None})
+  assert datasets.mixture(config) == [
+    (digits, 2, "decode"),
+    (DIGITS, 0.5, None),
+  ]
+  assert datasets.num_classes(config) == 10
+
+
+def test_mixture_of_other_classes(digits, folder):
+  parts = [{**digits, "weight": 1}, {**folder, "weight": 1}]
+  with pytest.raises(ValueError, match="10 of data.module=.*2 of data.folder"):
+    datasets.num_classes({"mixture": parts})
+
+
+@pytest.mark.parametrize(
+  "mixture, words",
+  [
+    ("digits", ["'digits'", "list"]),
+    (["digits"], ["data.mixture[0]='digits'", "dict"]),
+    ([DIGITS], ["data.mixture[0].weight=None", "> 0"]),
+    ([{**DIGITS, "weight": -1}], ["data.mixture[0].weight=-1"]),
+    ([{**DIGITS, "weight": True}], ["data.mixture[0].weight=True"]),
+    (
+      [{**DIGITS, "weight": 1}, {"name": "a", "wieght": 1, "weight": 1}],
+      ["data.mixture[1]", "'wieght'"],
+    ),
+    ([{"mixture": [], "weight": 1}], ["data.mixture[0]", "within a mixture"]),
+  ],
+)
+def test_wrong_mixtures(mixture, words):
+  with pytest.raises(ValueError) as e:
+    datasets.mixture({"mixture": mixture})
+  for word in words:
+    assert word in str(e.value)
+  with pytest.raises(ValueError, match="data.split does not apply"):
+    datasets.mixture({"mixture": mixture, "split": "train"})
 
 
 def test_module_that_needs_manual_files(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 
+from data import imagenet21k, imagenet_o
 from lookup_vit import config_utils, train
 from lookup_vit import input_pipeline as ip
 
@@ -14,7 +15,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tests import lookalikes, small
+from tests import imagenet_files, lookalikes, small
 
 NAMES = [
   "imagenet2012",
@@ -41,6 +42,14 @@ def data_dir(tmp_path_factory):
   path = tmp_path_factory.mktemp("lookalikes")
   for name in NAMES:
     lookalikes.build(name, path, shards=SHARDS)
+  imagenet_files.write_imagenet_o(path / "manual")
+  imagenet_files.write_imagenet21k(path / "manual", classes=5)
+  config = tfds.download.DownloadConfig(
+    manual_dir=path / "manual", num_shards=SHARDS
+  )
+  for builder_class in (imagenet_o.Builder, imagenet21k.Builder):
+    builder = builder_class(data_dir=str(path))
+    builder.download_and_prepare(download_config=config)
   return str(path)
 
 
@@ -214,7 +223,6 @@ def run(config, workdir, data_dir):
   config.input.shuffle_buffer_size = 50
   config.schedule = {}
   config.ckpt_steps = 4
-  assert config.input.data.name == "imagenet2012"
   config.input.data.data_dir = data_dir
   for evaluator in config.evals.values():
     evaluator.data.data_dir = data_dir
@@ -238,6 +246,7 @@ ROBUSTNESS = {
   "sketch": ("imagenet_sketch", "test"),
   "v2": ("imagenet_v2", "test"),
 }
+IMAGENET_O = dict(module="data.imagenet_o", split="test")
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +259,7 @@ def lookup_run(data_dir, tmp_path_factory):
   val = config.evals.val
   for key, (name, split) in ROBUSTNESS.items():
     config.evals[key] = {**val, "data": dict(name=name, split=split)}
+  config.evals.o = {**val, "data": IMAGENET_O}
   real = dict(name="imagenet2012_real", split="validation")
   labels = "onehot(1000,'real_label','labels')|keep('image','labels')"
   pp_fn = val.pp_fn.replace("keep('image','label')", labels)
@@ -259,7 +269,7 @@ def lookup_run(data_dir, tmp_path_factory):
 
 def test_in1k_lookup_b_and_the_robustness_sets(lookup_run):
   _, rows = lookup_run
-  splits = {"minival", "val", "real", *ROBUSTNESS}
+  splits = {"minival", "val", "real", "o", *ROBUSTNESS}
   assert_complete(rows, splits, {"2x2", "3x3"})
 
 
@@ -276,3 +286,22 @@ def test_in1k_finetune(lookup_run, data_dir, tmp_path):
   config = config_utils.load(f"configs/in1k_finetune.py:from={source},res=48")
   rows = run(config, tmp_path, data_dir)
   assert_complete(rows, {"minival", "val"}, {"2x2", "3x3"})
+
+
+@pytest.mark.parametrize("name", ["in21k_lookup_b", "in21k_vit_b"])
+def test_in21k(name, data_dir, tmp_path):
+  config = config_utils.load(
+    f"configs/{name}.py:variant=mu/8,res=40,aug=medium1"
+  )
+  # 35 images of 5 classes, where the config counts in millions.
+  with pytest.raises(ValueError, match=r"train\[51200:\].* \(35\)"):
+    run(config, tmp_path, data_dir)
+  config.input.data.split = "train[10:]"
+  config.evals.val.data.split = "train[5:10]"
+  config.evals.test.data.split = "train[:5]"
+  with pytest.raises(ValueError, match="5 classes.*num_classes is 19167"):
+    run(config, tmp_path, data_dir)
+  config.num_classes = 5
+  rows = run(config, tmp_path, data_dir)
+  grids = {"2x2", "3x3"} if config.get("grids") else {None}
+  assert_complete(rows, {"val", "test"}, grids)

@@ -67,6 +67,7 @@ def test_logs_every_step(run):
     assert r["train/grad_norm"] > 0
     assert np.isfinite(r["train/attention_logit_max"])
     assert ("train/images_per_second" in r) == (r["step"] > 1)
+    assert 0 <= r["train/input_wait"] <= 1
   # The rate of the update from step k is that of k: warm-up starts at zero.
   assert rows[0]["train/lr"] == 0 == rows[0]["train/update_norm"]
   assert rows[1]["train/lr"] == pytest.approx(config.lr / 2)
@@ -136,6 +137,19 @@ def test_a_run_cut_short_continues_to_the_same_bits(run, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again, state)
   steps = [r["step"] for r in metric_writer.read(other) if "train/loss" in r]
   assert steps == list(range(1, 13))
+
+
+def test_mixture_of_data_sets(tmp_path):
+  data = dict(module="data.digits", split="train[:60]", weight=2.0)
+  other = dict(module="data.digits", split="train[100:137]", weight=1)
+  config = small.config(total_steps=4, grids=[(2, 2)], evals={})
+  config.input.data = dict(mixture=[data, other])
+  state = train.train_and_evaluate(config, str(tmp_path))
+  again = train.train_and_evaluate(config, str(tmp_path))
+  jax.tree.map(np.testing.assert_array_equal, state, again)
+  config.total_steps, config.total_epochs = None, 3
+  with pytest.raises(ValueError, match="mixture has no epochs.*total_steps"):
+    train.train_and_evaluate(config, str(tmp_path / "other"))
 
 
 def test_gradient_accumulation_is_the_whole_batch():
