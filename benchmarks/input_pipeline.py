@@ -19,7 +19,6 @@ with one op, less that of passes without.
 """
 
 import contextlib
-import io
 import json
 import logging
 import os
@@ -32,13 +31,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
-from PIL import Image
 
+from benchmarks import photos
 from lookup_vit import cli, config_utils, quiet_tensorflow  # noqa: F401
 
 # isort: split
 import tensorflow as tf
-import tensorflow_datasets as tfds
 
 from lookup_vit import datasets, input_pipeline
 from lookup_vit.preprocess import get_preprocess_fn
@@ -51,107 +49,10 @@ _PP = (
   "decode_jpeg_and_inception_crop(224)|flip_lr|randaug(2,15)|value_range(-1,1)"
   '|keep("image","label")'
 )
-_NAME = "benchmark_photos"
-_SHARDS = 8
-# Filling a large window is what the warm-up would then be about.
-_WINDOW = 1024
+# Where a run may be taken up again: early, and late.
+_STARTS = (10, 10_000)
 _BARE = "bare"
 _READ = "read and parse"
-
-
-def photo(index: int) -> bytes:
-  """A JPEG much like those of ImageNet: about 500x375 pixels and 110 KB.
-
-  A part of one of scikit-learn's two photographs, scaled, flipped, with other
-  colours and with grain, which the photographs have lost in scaling and without
-  which they would compress better than ImageNet's.
-
-  Args:
-    index: photographs of another index differ.
-
-  Returns:
-    A JPEG with the usual subsampled colour (4:2:0).
-  """
-  # scikit-learn is needed to make the photographs, not to read one's own.
-  from sklearn.datasets import load_sample_images
-
-  rng = np.random.default_rng(index)
-  image = Image.fromarray(load_sample_images().images[index % 2])
-  size = np.array([rng.integers(480, 521), rng.integers(340, 411)])
-  if rng.random() < 0.25:
-    size = size[::-1]
-  part = size * rng.uniform(0.8, 1) * np.min(np.array(image.size) / size)
-  corner = rng.uniform(0, image.size - part)
-  image = image.resize(
-    tuple(size.tolist()), Image.Resampling.BICUBIC, (*corner, *(corner + part))
-  )
-  pixels = np.asarray(image, np.float32)[:, :: rng.choice([-1, 1])]
-  grain = rng.standard_normal((*pixels.shape[:2], 1), np.float32)
-  pixels = pixels * rng.uniform(0.8, 1.2, 3) + grain * rng.uniform(3, 9)
-  buffer = io.BytesIO()
-  Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
-    buffer, "JPEG", quality=95, subsampling="4:2:0"
-  )
-  return buffer.getvalue()
-
-
-def make_photos(data_dir: str, count: int) -> dict[str, Any]:
-  """Prepares a set of `count` photographs, unless `data_dir` has it.
-
-  Args:
-    data_dir: where TFDS is to keep it.
-    count: number of examples.
-
-  Returns:
-    The data description.
-  """
-  # TFDS would keep the class by its name, for which there are the files.
-  with tfds.core.registered.skip_registration():
-
-    class Photos(tfds.core.GeneratorBasedBuilder):
-      """Photographs and random labels."""
-
-      name = _NAME
-      VERSION = tfds.core.Version("1.0.0")
-      BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=str(count))]
-
-      def _info(self):
-        return tfds.core.DatasetInfo(
-          builder=self,
-          features=tfds.features.FeaturesDict(
-            {
-              "image": tfds.features.Image(encoding_format="jpeg"),
-              "label": tfds.features.ClassLabel(num_classes=1000),
-            }
-          ),
-        )
-
-      def _split_generators(self, dl_manager):
-        del dl_manager
-        return {"train": self._generate_examples()}
-
-      def _generate_examples(self):
-        last = time.monotonic()
-        for i in range(count):
-          yield i, {"image": photo(i), "label": i % 1000}
-          if time.monotonic() - last > 5:
-            last = time.monotonic()
-            _LOG.info("made %d of %d photographs", i + 1, count)
-
-  # What TFDS would look for beside the class is not there.
-  Photos.pkg_dir_path = None
-  builder = Photos(data_dir=data_dir)
-  if not builder.info.splits:
-    _LOG.info("making %d photographs in %s", count, builder.data_dir)
-    tfds.disable_progress_bar()
-    config = tfds.download.DownloadConfig(num_shards=min(_SHARDS, count))
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints.
-      builder.download_and_prepare(download_config=config)
-  return {
-    "name": f"{_NAME}/{count}",
-    "split": "train",
-    "data_dir": os.fspath(data_dir),
-  }
 
 
 def find_files(data: Mapping[str, Any]) -> list[str]:
@@ -279,7 +180,7 @@ def rates(
       pp=each,
       batch_size=batch_size,
       seed=0,
-      shuffle_buffer_size=_WINDOW,
+      shuffle_buffer_size=_window(data),
     ).dataset
     for each in dict.fromkeys([without_randaug(pp), pp])
   }
@@ -298,6 +199,42 @@ def rates(
     # What slows the machine down as time goes by is not to hit one alone.
     order = order[1:] + order[:1]
   return measured
+
+
+def _window(data):
+  """A window of shuffling that is a part of the data, as of ImageNet's."""
+  return min(10_000, -(-datasets.num_examples(data) // 4))
+
+
+def starts(
+  data: Mapping[str, Any], pp: str, *, batch_size: int, rounds: int
+) -> dict[str, list[float]]:
+  """Measures how long the first batch takes of a stream entered at a step.
+
+  Args:
+    data: a data description.
+    pp: a preprocessing string.
+    batch_size: number of examples in a batch.
+    rounds: number of measurements of each step.
+
+  Returns:
+    Seconds in each round, by the step.
+  """
+  seconds = {str(step): [] for step in _STARTS}
+  for _ in range(rounds):
+    for step in _STARTS:
+      start = time.perf_counter()
+      batches = input_pipeline.make_train(
+        data,
+        pp=pp,
+        batch_size=batch_size,
+        seed=0,
+        start_step=step,
+        shuffle_buffer_size=_window(data),
+      )
+      next(iter(batches))
+      seconds[str(step)].append(time.perf_counter() - start)
+  return seconds
 
 
 def _passes(ds, count):
@@ -407,7 +344,9 @@ def table(result: Mapping[str, Any]) -> str:
   lines += ["", "on one thread", f"{'us/example':>10}  {'share':<7}op"]
   for name, cost in costs.items():
     lines.append(f"{cost:10.0f}  {cost / total:<7.0%}{name}")
-  lines += ["", f"slowest op: {result['slowest']}"]
+  lines += ["", f"slowest op: {result['slowest']}", ""]
+  for step, seconds in result["starts"].items():
+    lines.append(f"first batch from step {step}: {_spread(seconds)} s")
   return "\n".join(lines)
 
 
@@ -447,7 +386,8 @@ def benchmark(
 
   Returns:
     Plain numbers by name: `rates` (examples/s) and `ratios` (to bare, without
-    unit) in each round by pipeline, `profile` in microseconds by op, the
+    unit) in each round by pipeline, `starts` (seconds to the first batch) in
+    each round by step, `profile` in microseconds by op, the
     `slowest` op, and what was measured on.
 
   Raises:
@@ -464,6 +404,9 @@ def benchmark(
     rounds=rounds,
     threads=threads,
   )
+  seconds = starts(
+    data, without_randaug(pp), batch_size=batch_size, rounds=rounds
+  )
   costs = profile(files, pp, examples=min(examples, 128), rounds=rounds)
   size, pixels = _mean_image(files, examples)
   return {
@@ -475,6 +418,7 @@ def benchmark(
       name: [a / b for a, b in zip(values, measured[_BARE], strict=True)]
       for name, values in measured.items()
     },
+    "starts": seconds,
     "profile": costs,
     "slowest": max((op for op in costs if op != _READ), key=costs.get),
   }
@@ -500,7 +444,7 @@ def main(argv):
       data_dir = FLAGS.data_dir or stack.enter_context(
         tempfile.TemporaryDirectory(prefix="benchmark_photos_")
       )
-      data = make_photos(data_dir, FLAGS.examples)
+      data = photos.make_photos(data_dir, FLAGS.examples)
     else:
       data = {**config.input.data}
       if FLAGS.data_dir:

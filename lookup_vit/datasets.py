@@ -221,7 +221,7 @@ def _not_prepared(builder, name, field):
   there = f"; {parent} has {', '.join(others)}" if others else ""
   return ValueError(
     f"{field} is not prepared: no data set in {builder.data_path}{there}. "
-    f"Prepare it with `{command}` (which wants the packages of setup.py's extra `beam`), or set "
+    f"Prepare it with `{command}` (after `pip install -e .[beam]`), or set "
     f"data.data_dir to where it is.{manual}"
   )
 

@@ -382,8 +382,3 @@ def make_eval(
     _explain(source, some, one)
 
   return Batches(ds.prefetch(_AUTOTUNE), explain), num_batches
-
-
-def numpy_iterator(ds, data):
-  del data
-  return iter(ds)

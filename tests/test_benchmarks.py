@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from benchmarks import input_pipeline as benchmark
+from benchmarks import photos as photographs
 
 PP = (
   "decode_jpeg_and_inception_crop((16, 24))|flip_lr|randaug(1, 15)"
@@ -22,11 +23,11 @@ SMALL = dict(examples=6, batch_size=2, rounds=2, threads=1)
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-  return benchmark.make_photos(str(tmp_path_factory.mktemp("photos")), 6)
+  return photographs.make_photos(str(tmp_path_factory.mktemp("photos")), 6)
 
 
 def test_photos_are_much_like_imagenet():
-  contents = [benchmark.photo(i) for i in range(16)]
+  contents = [photographs.photo(i) for i in range(16)]
   assert len(set(contents)) == 16
   sizes = []
   for content in contents:
@@ -49,9 +50,9 @@ def test_photos_are_made_once_and_in_several_files(photos):
   files = benchmark.find_files(photos)
   assert len(files) == 6
   before = [tf.io.gfile.stat(file).mtime_nsec for file in files]
-  assert benchmark.make_photos(photos["data_dir"], 6) == photos
+  assert photographs.make_photos(photos["data_dir"], 6) == photos
   assert [tf.io.gfile.stat(file).mtime_nsec for file in files] == before
-  other = benchmark.make_photos(photos["data_dir"], 2)
+  other = photographs.make_photos(photos["data_dir"], 2)
   assert len(benchmark.find_files(other)) == 2
 
 
@@ -83,7 +84,7 @@ def test_results_add_up(photos):
   assert list(result["profile"]) == ["read and parse", *ops]
   # What takes a thousand times longer than the others.
   assert result["slowest"] in (ops[0], ops[2])
-  sizes = [len(benchmark.photo(i)) for i in range(6)]
+  sizes = [len(photographs.photo(i)) for i in range(6)]
   assert result["mean_bytes"] == pytest.approx(np.mean(sizes))
 
   text = benchmark.table(result)

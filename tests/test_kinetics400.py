@@ -304,13 +304,13 @@ def test_nothing_readable_says_so(tmp_path):
 
 
 def test_no_ffmpeg_is_told_before_anything_is_read(tmp_path, monkeypatch):
-  from data import video_frames
+  from data import video_builder
 
   (tmp_path / "train.csv").write_text("wrong")
 
   def fail():
     raise RuntimeError("pip install imageio-ffmpeg")
 
-  monkeypatch.setattr(video_frames, "find_ffmpeg", fail)
+  monkeypatch.setattr(video_builder, "find_ffmpeg", fail)
   with pytest.raises(RuntimeError, match="imageio-ffmpeg"):
     _build(tmp_path / "data", tmp_path)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from data import video_frames
-from data.video_frames import VideoConfig, read_frames
+from data.video_builder import VideoConfig
+from data.video_frames import read_frames
 from tests.video_files import decode_jpegs, greys, pattern, write_video
 
 

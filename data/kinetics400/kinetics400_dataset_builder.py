@@ -21,11 +21,11 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 try:
-  from data import video_frames
+  from data import video_builder, video_frames
 except ModuleNotFoundError:
   # `tfds build` imports this file alone, without the repository's root.
   sys.path.append(os.fspath(pathlib.Path(__file__).resolve().parents[2]))
-  from data import video_frames
+  from data import video_builder, video_frames
 
 _LOG = logging.getLogger("lookup_vit")
 
@@ -61,15 +61,15 @@ _NAMES = {
 
 
 @dataclasses.dataclass(eq=False)
-class KineticsConfig(video_frames.VideoConfig):
-  """How the frames are stored: see `video_frames.VideoConfig`."""
+class KineticsConfig(video_builder.VideoConfig):
+  """How the frames are stored: see `video_builder.VideoConfig`."""
 
   # As ViViT has it: clips of 250 frames.
   fps: float | None = 25.0
   max_seconds: float = 10.0
 
 
-class Builder(video_frames.VideoBuilder):
+class Builder(video_builder.VideoBuilder):
   """Builds Kinetics-400 from the official annotations and a folder of clips."""
 
   VERSION = tfds.core.Version("1.0.0")
@@ -110,7 +110,7 @@ class Builder(video_frames.VideoBuilder):
     splits = {}
     for split, names in _NAMES.items():
       files = [f"{name}.csv" for name in names]
-      file = video_frames.find_file(folders, files)
+      file = video_builder.find_file(folders, files)
       if file is None and split == "test":
         _LOG.warning("no test.csv in %s: no split 'test'", manual_dir)
         continue
@@ -134,7 +134,7 @@ class Builder(video_frames.VideoBuilder):
         (name for name in names if (manual_dir / name).is_dir()), names[0]
       )
       splits[split] = [
-        video_frames.Clip(
+        video_builder.Clip(
           clip,
           {"label": label, "video_id": clip},
           videos.get(clip) or os.fspath(default / f"{clip}.mp4"),
@@ -162,7 +162,7 @@ def read_annotations(
     ValueError: if the file is not of that form, if a label is no class, or if
       a clip is there twice with different labels.
   """
-  text = video_frames.read_text(file, f"csv with {', '.join(_COLUMNS)}")
+  text = video_builder.read_text(file, f"csv with {', '.join(_COLUMNS)}")
   rows = csv.DictReader(io.StringIO(text, newline=""))
   columns = rows.fieldnames or []
   missing = [column for column in _COLUMNS if column not in columns]

@@ -23,11 +23,11 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 try:
-  from data import video_frames
+  from data import video_builder, video_frames
 except ModuleNotFoundError:
   # `tfds build` imports this file alone, without the repository's root.
   sys.path.append(os.fspath(pathlib.Path(__file__).resolve().parents[2]))
-  from data import video_frames
+  from data import video_builder, video_frames
 
 _LOG = logging.getLogger("lookup_vit")
 
@@ -59,8 +59,8 @@ _PREFIX = "something-something-v2-"
 
 
 @dataclasses.dataclass(eq=False)
-class SomethingSomethingConfig(video_frames.VideoConfig):
-  """How the frames are stored: see `video_frames.VideoConfig`."""
+class SomethingSomethingConfig(video_builder.VideoConfig):
+  """How the frames are stored: see `video_builder.VideoConfig`."""
 
   # Those of the videos themselves.
   short_side: int | None = 240
@@ -69,7 +69,7 @@ class SomethingSomethingConfig(video_frames.VideoConfig):
   max_seconds: float = 30.0
 
 
-class Builder(video_frames.VideoBuilder):
+class Builder(video_builder.VideoBuilder):
   """Builds the set from the official annotations and a folder of videos."""
 
   VERSION = tfds.core.Version("1.0.0")
@@ -126,7 +126,7 @@ class Builder(video_frames.VideoBuilder):
         else:
           answers = read_answers(path, labels)
       splits[split] = [
-        video_frames.Clip(
+        video_builder.Clip(
           features["video_id"],
           features,
           videos.get(features["video_id"])
@@ -141,7 +141,7 @@ class Builder(video_frames.VideoBuilder):
 def _find(manual_dir, name, optional=False):
   """Returns the path of an annotation file of the older or newer release."""
   folders = (manual_dir, manual_dir / "labels", manual_dir / "annotations")
-  path = video_frames.find_file(folders, (_PREFIX + name, name))
+  path = video_builder.find_file(folders, (_PREFIX + name, name))
   if path is None and not optional:
     raise ValueError(
       f"no {name} or {_PREFIX}{name} in {manual_dir} or its labels/ or "
@@ -151,7 +151,7 @@ def _find(manual_dir, name, optional=False):
 
 
 def _read_json(file, kind, wanted):
-  text = video_frames.read_text(file, wanted)
+  text = video_builder.read_text(file, wanted)
   try:
     content = json.loads(text)
   except json.JSONDecodeError as e:
@@ -191,7 +191,7 @@ def read_answers(file: epath.Path, labels: Mapping[str, int]) -> dict[str, int]:
   Raises:
     ValueError: if a line is not of that form, or its template no label.
   """
-  text = video_frames.read_text(file, "lines of ID;TEMPLATE")
+  text = video_builder.read_text(file, "lines of ID;TEMPLATE")
   answers = {}
   rows = csv.reader(io.StringIO(text, newline=""), delimiter=";")
   for row in rows:
