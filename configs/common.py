@@ -4,6 +4,7 @@ from typing import Any
 
 import ml_collections
 
+from lookup_vit.models import tokens
 from lookup_vit.models.variants import decode_variant
 
 # RandAugment and mixup of AugReg's presets (arXiv:2106.10270, figure 4, by
@@ -70,6 +71,26 @@ def lookup_grids(variant: str, res: int) -> list[tuple[int, int]]:
   """The paper's multi-resolution set, as far as it fits the lookup grid."""
   side = res // decode_variant(variant)["patch_size"][-1]
   return [(g, g) for g in (3, 5, 7, 10) if g <= side] or [(side, side)]
+
+
+def video_grids(
+  variant: str, image_size: tuple[int, int, int]
+) -> list[tuple[int, int, int]]:
+  """LookupViViT's multi-resolution set, as far as it fits the lookup grid.
+
+  Of the 16x14x14 tokens of 32 frames at 224 pixels it leaves 100, 200 and 392.
+
+  Raises:
+    ValueError: the tubelets of the variant do not divide the clip.
+  """
+  patch = decode_variant(variant)["patch_size"]
+  full = tokens.lookup_grid(image_size, patch)
+  fits = [
+    grid
+    for grid in [(4, 5, 5), (8, 5, 5), (8, 7, 7)]
+    if all(g <= n for g, n in zip(grid, full, strict=True))
+  ]
+  return fits or [full]
 
 
 def run_local(config: ml_collections.ConfigDict) -> None:

@@ -29,7 +29,8 @@ def write(
     program: the model and its config.
     metrics: what the evaluators found, by name.
     params: the parameters that were evaluated.
-    images: `[batch, height, width, 3]` in [-1, 1], for the attention maps.
+    images: `[batch, height, width, 3]` in [-1, 1], for the attention maps; of
+      clips, `[batch, time, height, width, 3]`, none are drawn.
   """
   rows = results(program, metrics)
   folder = config_utils.workdir_path(workdir)

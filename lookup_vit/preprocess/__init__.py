@@ -1,7 +1,12 @@
 """Preprocessing by a string of ops, for example `"decode|flip_lr"`."""
 
 # An op exists once its module is imported.
-from lookup_vit.preprocess import general_ops, image_ops, randaugment
+from lookup_vit.preprocess import (
+  general_ops,
+  image_ops,
+  randaugment,
+  video_ops,
+)
 from lookup_vit.preprocess.registry import get_preprocess_fn, register
 
 __all__ = [
@@ -10,4 +15,5 @@ __all__ = [
   "image_ops",
   "randaugment",
   "register",
+  "video_ops",
 ]

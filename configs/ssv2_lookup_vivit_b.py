@@ -1,0 +1,24 @@
+r"""Multi-resolution LookupViViT on Something-Something v2.
+
+It is trained as `ssv2_vivit_b.py` is. The compressed grids (time, rows,
+columns) are this repository's choice.
+
+    python -m lookup_vit.train --config=configs/ssv2_lookup_vivit_b.py \
+        --workdir=gs://BUCKET/ssv2_lookup_vivit_b
+
+Arguments: `--config=configs/ssv2_lookup_vivit_b.py:variant=L/2x16,frames=64`,
+`runlocal` for a trial without the videos.
+"""
+
+from configs import common, ssv2_vivit_b
+
+
+def get_config(arg=None):
+  config = ssv2_vivit_b.get_config(arg)
+  config.model_name = "lookup_vit"
+  # The grid of an update is drawn from these.
+  config.grids = common.video_grids(
+    config.model.variant, config.input.image_size
+  )
+  config.model.grid = config.grids[len(config.grids) // 2]
+  return config
