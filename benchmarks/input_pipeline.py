@@ -49,6 +49,9 @@ _PP = (
   "decode_jpeg_and_inception_crop(224)|flip_lr|randaug(2,15)|value_range(-1,1)"
   '|keep("image","label")'
 )
+# Photographs are so many times those of a measurement: in a smaller set, lanes
+# would have windows of a few records, and epochs of a few windows.
+_PASSES = 4
 # Where a run may be taken up again: early, and late.
 _STARTS = (10, 10_000)
 _BARE = "bare"
@@ -203,7 +206,7 @@ def rates(
 
 def _window(data):
   """A window of shuffling that is a part of the data, as of ImageNet's."""
-  return min(10_000, -(-datasets.num_examples(data) // 4))
+  return min(10_000, -(-datasets.num_examples(data) // 2))
 
 
 def starts(
@@ -444,7 +447,7 @@ def main(argv):
       data_dir = FLAGS.data_dir or stack.enter_context(
         tempfile.TemporaryDirectory(prefix="benchmark_photos_")
       )
-      data = photos.make_photos(data_dir, FLAGS.examples)
+      data = photos.make_photos(data_dir, _PASSES * FLAGS.examples)
     else:
       data = {**config.input.data}
       if FLAGS.data_dir:

@@ -103,7 +103,10 @@ jax.config.update("jax_num_cpu_devices", 4)
 from lookup_vit import train
 from tests import small
 config = small.config(
-  mixup=dict(p=0.2), cutmix=dict(p=1.0), model__dropout=0.0
+  grids=[(2, 2)],
+  mixup=dict(p=0.2),
+  cutmix=dict(p=1.0),
+  model__dropout=0.0,
 )
 config.evals.test.data.split = "test[:31]"
 config.evals.test.batch_size = 8
@@ -117,7 +120,10 @@ def test_four_devices_learn_and_evaluate_as_one(tmp_path):
   _, err = process.communicate()
   assert process.returncode == 0, err
   config = small.config(
-    mixup=dict(p=0.2), cutmix=dict(p=1.0), model__dropout=0.0
+    grids=[(2, 2)],
+    mixup=dict(p=0.2),
+    cutmix=dict(p=1.0),
+    model__dropout=0.0,
   )
   config.evals.test.data.split = "test[:31]"
   train.train_and_evaluate(config, one)

@@ -17,7 +17,7 @@ from lookup_vit.preprocess.registry import image_op, register
 ImageFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 Size = int | tuple[int, int]
 
-# No slower than the others, which decoders do with vector instructions too.
+# Exact, and hardly slower than the others, which decoders vectorise too.
 _DCT = "INTEGER_ACCURATE"
 # The methods whose results lie between the pixels that they are made from.
 _WITHIN_RANGE = ("area", "bilinear", "nearest")
