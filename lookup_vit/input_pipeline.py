@@ -316,7 +316,7 @@ def _explain(source, examples, one):
     except StopIteration:
       return
     except tf.errors.OpError:
-      records.check_for_damage(source.data)
+      records.check_for_damage(source)
       return
     with records.at_fault(source, int(example[-2])):
       one(*example)

@@ -7,7 +7,7 @@ any order.
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -289,18 +289,22 @@ def _damage_error(data, damaged, total) -> ValueError:
   )
 
 
-def check_for_damage(data: Mapping[str, Any]) -> None:
-  """Reads all TFRecord files of a data set to find those that are damaged.
+def check_for_damage(records: Records) -> None:
+  """Reads all records of a data set to find what is damaged.
 
   Raises:
-    ValueError: some are; they are named.
+    ValueError: the files, or the first of the records, that are.
   """
-  builder = datasets.get_builder(data)
-  if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
-    _LOG.info("%s: checking all files", datasets.source(data))
-    files = _files(data, builder)
+  name = datasets.source(records.data)
+  _LOG.info("%s: reading all %d records", name, records.size)
+  if records.shards is not None:
+    files = _files(records.data, datasets.get_builder(records.data))
     if damaged := damage.find_damaged(files):
-      raise _damage_error(data, damaged, len(files))
+      raise _damage_error(records.data, damaged, len(files))
+    return
+  for index in range(records.size):
+    with at_fault(records, index):
+      records.read(tf.constant([index], tf.int64))
 
 
 @contextlib.contextmanager
@@ -308,8 +312,10 @@ def at_fault(records: Records, index: int) -> Iterator[None]:
   """Turns an op's error into a ValueError that names the record it is about."""
   try:
     yield
-  except tf.errors.OpError as e:
+  except (tf.errors.OpError, RuntimeError) as e:
+    # ArrayRecord raises the latter.
+    is_op = isinstance(e, tf.errors.OpError)
+    reason = damage.reason(e) if is_op else str(e).partition(";")[0]
     raise ValueError(
-      f"{datasets.source(records.data)}: {records.where(index)}: "
-      f"{damage.reason(e)}"
+      f"{datasets.source(records.data)}: {records.where(index)}: {reason}"
     ) from e

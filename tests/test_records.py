@@ -122,6 +122,18 @@ def test_corrupt_record_is_named_when_it_is_read(fragile):
     all_batches(fragile)
 
 
+def test_corrupt_array_record_is_named_when_it_is_read(tmp_path):
+  data = sources.build_numbers(tmp_path, 40, 3, "array_record")
+  path = sources.shard_paths(data)[1]
+  with open(path, "r+b") as file:
+    file.seek(os.path.getsize(path) // 3)
+    file.write(b"garbage" * 4000)
+  for make in (train_batches, all_batches):
+    with pytest.raises(ValueError, match=r"record \d+ of .*Corrupted") as e:
+      make(data)
+    assert path in str(e.value)
+
+
 @pytest.mark.parametrize("file_format", [None, "array_record"])
 def test_broken_image_in_a_whole_record_is_named(tmp_path, file_format):
   data = sources.build_numbers(tmp_path, 40, 3, file_format, broken=23)
