@@ -122,6 +122,8 @@ def find_damaged(files: Sequence[tuple[str, int]]) -> dict[str, str]:
   Returns:
     What is wrong with each damaged file, by its path.
   """
+  if not files:
+    return {}
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     errors = pool.map(_records_error, *zip(*files, strict=True))
     errors = _with_progress(errors, len(files), "files")

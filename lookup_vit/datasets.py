@@ -21,10 +21,11 @@ import difflib
 import functools
 import importlib
 import io
+import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lookup_vit import damage, quiet_tensorflow  # noqa: F401
@@ -33,6 +34,7 @@ from lookup_vit import damage, quiet_tensorflow  # noqa: F401
 import ml_collections
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from google.protobuf import json_format
 
 _LOG = logging.getLogger("lookup_vit")
 
@@ -65,6 +67,8 @@ def check(data: Mapping[str, Any]) -> dict[str, Any]:
         f"data has no field {key!r}{_close(key, _FIELDS)}; the fields are "
         f"{', '.join(_FIELDS)}"
       )
+    if not isinstance(data[key], str):
+      raise ValueError(f"data.{key}={data[key]!r}: wanted text")
   given = [key for key in _SOURCES if key in data]
   if len(given) != 1:
     raise ValueError(
@@ -112,11 +116,22 @@ def mixture(
       raise ValueError(
         f"data.mixture[{i}].weight={weight!r}: wanted a number > 0"
       )
-    try:
+    if not isinstance(pp, str | None):
+      raise ValueError(f"data.mixture[{i}].pp={pp!r}: wanted text")
+    with at_member(i, 2):  # Also if it is the only one.
       sets.append((check(part), weight, pp))
-    except ValueError as e:
-      raise ValueError(f"data.mixture[{i}]: {e}") from e
   return sets
+
+
+@contextlib.contextmanager
+def at_member(i: int, count: int) -> Iterator[None]:
+  """Names the data set of a mixture of `count` that a ValueError is about."""
+  try:
+    yield
+  except ValueError as e:
+    if count == 1:
+      raise
+    raise ValueError(f"data.mixture[{i}]: {e}") from e
 
 
 def source(data: Mapping[str, Any]) -> str:
@@ -145,18 +160,53 @@ def get_builder(data: Mapping[str, Any]) -> tfds.core.DatasetBuilder:
 
 
 def _named_builder(name, data_dir):
+  field = f"data.name={name!r}"
   try:
     builder = tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError as e:
+    stem = name.partition(":")[0].partition("/")[0]
+    folder = tfds.core.as_path(data_dir or tfds.core.constants.DATA_DIR) / stem
+    if folder.exists():
+      found = _listing(folder, 2)
+      raise ValueError(
+        f"{field}: {folder} has no such data set that is whole; it has {found}"
+      ) from e
     names = tfds.list_builders(with_community_datasets=False)
     raise ValueError(
-      f"data.name: TFDS has no data set {name!r}{_close(name, names)}"
+      f"{field}: TFDS has no data set {stem!r}, nor is there a {folder}"
+      f"{_close(stem, names)}"
     ) from e
+  except _UNREADABLE as e:
+    raise _unreadable(field, name, data_dir) from e
   except (AssertionError, ValueError) as e:  # No such version, or config.
-    raise ValueError(f"data.name: {e}") from e
+    raise ValueError(f"{field}: {str(e).strip()}") from e
   if not builder.info.splits:
     raise _not_prepared(builder, name, f"data.name={name!r}")
   return builder
+
+
+# What a file of a data set's description that is cut is an error of.
+_UNREADABLE = (json_format.ParseError, json.JSONDecodeError)
+
+
+def _unreadable(field, name, data_dir):
+  root = tfds.core.as_path(data_dir or tfds.core.constants.DATA_DIR)
+  return ValueError(
+    f"{field}: dataset_info.json or features.json in the directory of "
+    f"{name!r} below {root} cannot be read. Copy the directory again, or "
+    "delete it and prepare it again."
+  )
+
+
+def _listing(folder, depth) -> str:
+  """Lists what is in a directory, and in those in it."""
+  names = []
+  for path in sorted(folder.iterdir()):
+    inner = []
+    if depth > 1 and path.is_dir():
+      inner = [p.name for p in sorted(path.iterdir()) if p.is_dir()]
+    names += [f"{path.name}/{name}" for name in inner] or [path.name]
+  return ", ".join(names) or "nothing"
 
 
 def _module_builder(module, data_dir):
@@ -183,6 +233,9 @@ def _module_builder(module, data_dir):
   )
   try:
     builder = make()
+  except _UNREADABLE as e:
+    name = module.rpartition(".")[2]
+    raise _unreadable(field, name, data_dir) from e
   except (AssertionError, ValueError) as e:  # No such version, or config.
     names = ", ".join(builder_class.builder_configs) or "none"
     raise ValueError(f"{field}: {str(e).strip()} (configs: {names})") from e
@@ -215,10 +268,7 @@ def _not_prepared(builder, name, field):
       builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split()
     )
   parent = builder.data_path.parent
-  others = []
-  if parent.exists():
-    others = sorted(path.name for path in parent.iterdir())
-  there = f"; {parent} has {', '.join(others)}" if others else ""
+  there = f"; {parent} has {_listing(parent, 1)}" if parent.exists() else ""
   return ValueError(
     f"{field} is not prepared: no data set in {builder.data_path}{there}. "
     f"Prepare it with `{command}` (after `pip install -e .[beam]`), or set "

@@ -59,14 +59,20 @@ class Batches:
     # By a local name: an iterator that is open when the interpreter ends is
     # closed when `tf` is gone.
     op_error = tf.errors.OpError
+    iterator = self.dataset.as_numpy_iterator()
     count = 0
-    try:
-      for batch in self.dataset.as_numpy_iterator():
-        yield batch
-        count += 1
-    except op_error:
-      self.explain(count)
-      raise
+    while True:
+      try:
+        batch = next(iterator)
+      except StopIteration:
+        return
+      except op_error:
+        # Ends its threads, which must not be reading when the program ends.
+        del iterator
+        self.explain(count)
+        raise
+      yield batch
+      count += 1
 
 
 def _local_size(batch_size, process_index, process_count) -> int:
@@ -130,6 +136,34 @@ class _Part:
       self.records.load(record), fold(self.seed, 1, epoch, index)
     )
 
+  def shards_at(self, step: int) -> set[int]:
+    """Returns the shards that the batch of a step, and the next, come from."""
+    if self.records.shards is None:
+      return set()
+    order, shards = self._order(), set()
+    position = step * self.batch_size
+    for lane in range(*order.lanes_of(*self.slots)):
+      epoch = position // order.size
+      begin, end = order.lane_range(lane, epoch)
+      done = order.count(lane, position) - order.count(lane, epoch * order.size)
+      begin += done // order.lane_window * order.lane_window
+      after = order.lane_range(lane, epoch + 1)[0]
+      for where in (
+        (epoch, begin, min(end, begin + 3 * order.lane_window)),
+        (epoch + 1, after, after + order.lane_window),
+      ):
+        where = [tf.constant(number, tf.int64) for number in where]
+        shards.update(order.segments(*where)[0].numpy().tolist())
+    return shards
+
+  def _order(self):
+    return Order(
+      tuple(self.records.shards.sizes.tolist()),
+      self.batch_size,
+      self.window,
+      fold(self.seed, 0),
+    )
+
   def _stream_in_random_access(self, start_step):
     size, (first, _) = self.records.size, self.slots
     seed = fold(self.seed, 0)
@@ -148,12 +182,7 @@ class _Part:
 
   def _stream_in_lanes(self, start_step):
     shards, (first, last) = self.records.shards, self.slots
-    order = Order(
-      tuple(shards.sizes.tolist()),
-      self.batch_size,
-      self.window,
-      fold(self.seed, 0),
-    )
+    order = self._order()
     window = order.lane_window
     start = start_step * self.batch_size
     slots = tf.constant([first, last], tf.int64)
@@ -259,36 +288,32 @@ def make_train(
   sets = datasets.mixture(data)
   owner = mixture_slots([weight for _, weight, _ in sets], batch_size)
   parts = {}
+  streams = []
   for i, (description, _, own_pp) in enumerate(sets):
+    own_pp = pp if own_pp is None else own_pp
     of_set = owner == i
-    part = _Part(
-      records=records.open_records(description),
-      preprocess=get_preprocess_fn(pp if own_pp is None else own_pp),
-      seed=fold(make_seed(seed), i),
-      batch_size=int(of_set.sum()),
-      slots=(int(of_set[:first].sum()), int(of_set[:last].sum())),
-      window=shuffle_buffer_size,
-    )
-    if part.width:
-      parts[i] = part
-
-  # AutoGraph would bury the errors of the ops in its own.
-  streams = [
-    part.stream(start_step).map(
-      tf.autograph.experimental.do_not_convert(part.one),
-      _AUTOTUNE,
-      deterministic=True,
-    )
-    for part in parts.values()
-  ]
-  for part, stream in zip(parts.values(), streams, strict=True):
-    _check_batchable(stream, pp)
-    if stream.element_spec != streams[0].element_spec:
-      raise ValueError(
-        f"{datasets.source(part.records.data)} has examples of "
-        f"{stream.element_spec}, another data set of the mixture "
-        f"{streams[0].element_spec}: let `pp` make them alike"
+    with datasets.at_member(i, len(sets)):
+      part = _Part(
+        records=records.open_records(description),
+        preprocess=get_preprocess_fn(own_pp),
+        seed=fold(make_seed(seed), i),
+        batch_size=int(of_set.sum()),
+        slots=(int(of_set[:first].sum()), int(of_set[:last].sum())),
+        window=shuffle_buffer_size,
       )
+      if not part.width:
+        continue
+      # AutoGraph would bury the errors of the ops in its own.
+      one = tf.autograph.experimental.do_not_convert(part.one)
+      stream = part.stream(start_step).map(one, _AUTOTUNE, deterministic=True)
+      _check_batchable(stream, own_pp)
+      if streams and stream.element_spec != streams[0].element_spec:
+        raise ValueError(
+          f"examples are {stream.element_spec}, those of another data set of "
+          f"the mixture {streams[0].element_spec}: let `pp` make them alike"
+        )
+    parts[i] = part
+    streams.append(stream)
   [ds, *others] = streams
   if others:
     turns = np.searchsorted(list(parts), owner[first:last])
@@ -300,14 +325,22 @@ def make_train(
   def explain(number):
     for part in parts.values():
       some = part.stream(start_step + number).take(part.width)
-      _explain(part.records, some, part.one)
+      likely = part.shards_at(start_step + number)
+      _explain(part.records, some, part.one, likely)
 
   ds = ds.batch(local_size, drop_remainder=True).prefetch(_AUTOTUNE)
   return Batches(ds, explain)
 
 
-def _explain(source, examples, one):
-  """Finds out why a batch of (..., index, record) failed; raises ValueError."""
+def _explain(source, examples, one, likely=()):
+  """Finds out why a batch of (..., index, record) failed; raises ValueError.
+
+  Args:
+    source: the records.
+    examples: those of the batch.
+    one: makes an example of a batch.
+    likely: shards that are damaged rather than others.
+  """
   _LOG.info("%s: looking for the fault", datasets.source(source.data))
   iterator = iter(examples)
   while True:
@@ -316,7 +349,7 @@ def _explain(source, examples, one):
     except StopIteration:
       return
     except tf.errors.OpError:
-      records.check_for_damage(source)
+      records.check_for_damage(source, likely)
       return
     with records.at_fault(source, int(example[-2])):
       one(*example)

@@ -7,7 +7,7 @@ any order.
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -25,10 +25,8 @@ _LOG = logging.getLogger("lookup_vit")
 
 # Bytes of a TFRecord beside its content: length, and two checksums.
 _FRAME = 16
-# Bytes to read at a time, where every request costs and where it does not.
+# Bytes to read at a time where every request costs.
 _REMOTE_BUFFER = 8 << 20
-_LOCAL_BUFFER = 1 << 16
-_LARGE_RECORD = 1 << 12
 # Records of an ArrayRecord file to read at a time in sequence.
 _AT_A_TIME = 64
 
@@ -75,8 +73,12 @@ class Shards:
 
     def read_part(path, skip, take, first):
       records = tf.data.TFRecordDataset(path, buffer_size=self.buffer_size)
-      index = tf.data.Dataset.range(first, first + take)
-      return tf.data.Dataset.zip(index, records.skip(skip).take(take))
+      # A file with too few records is an error, not the end of the zip.
+      whole = tf.data.experimental.assert_cardinality(take)
+      records = records.skip(skip).take(take).apply(whole)
+      return tf.data.Dataset.zip(
+        tf.data.Dataset.range(first, first + take), records
+      )
 
     return parts.flat_map(read_part)
 
@@ -144,7 +146,7 @@ def open_records(data) -> Records:
   fields = dict(data=data, size=size, load=_parser(builder), where=where)
   file_format = builder.info.file_format
   if file_format == tfds.core.FileFormat.TFRECORD:
-    return Records(shards=_make_shards(builder, files), **fields)
+    return Records(shards=_make_shards(files), **fields)
   if file_format == tfds.core.FileFormat.ARRAY_RECORD:
     return Records(read=_array_record_reader(builder, data), **fields)
   raise ValueError(
@@ -172,23 +174,32 @@ def _open_folder(data, builder):
   )
 
 
-def _make_shards(builder, files):
-  splits = builder.info.splits.values()
-  mean = sum(s.num_bytes for s in splits) / sum(s.num_examples for s in splits)
-  if any("://" in f.filename for f in files):
-    buffer_size = _REMOTE_BUFFER
-  else:
-    # Large records are read each by itself, so that skipped ones are not.
-    buffer_size = 0 if mean >= _LARGE_RECORD else _LOCAL_BUFFER
+def _make_shards(files):
+  # On a local disk each record is read by itself: what is skipped then is not.
+  is_remote = any("://" in f.filename for f in files)
   return Shards(
     paths=tuple(f.filename for f in files),
     skips=np.array([f.skip for f in files], np.int64),
     sizes=np.array([f.take for f in files], np.int64),
-    buffer_size=buffer_size,
+    buffer_size=_REMOTE_BUFFER if is_remote else 0,
   )
 
 
 def _array_record_reader(builder, data):
+  from array_record.python import array_record_module  # Linux alone has it.
+
+  damaged = {}
+  files = _files(data, builder)
+  for path, size in files:
+    try:
+      reader = array_record_module.ArrayRecordReader(path)
+      if reader.num_records() != size:
+        damaged[path] = f"{reader.num_records()} records, wanted {size}"
+      reader.close()
+    except RuntimeError as e:
+      damaged[path] = str(e).partition(";")[0]
+  if damaged:
+    raise _damage_error(data, damaged, len(files))
   source = builder.as_data_source(data["split"]).data_source
 
   def read(indices):
@@ -289,19 +300,29 @@ def _damage_error(data, damaged, total) -> ValueError:
   )
 
 
-def check_for_damage(records: Records) -> None:
-  """Reads all records of a data set to find what is damaged.
+def check_for_damage(records: Records, first: Iterable[int] = ()) -> None:
+  """Reads the records of a data set to find what is damaged.
+
+  Args:
+    records: the records.
+    first: shards to read before the others, which are read if these are whole.
 
   Raises:
-    ValueError: the files, or the first of the records, that are.
+    ValueError: the files, or the first of the records, that are damaged.
   """
   name = datasets.source(records.data)
-  _LOG.info("%s: reading all %d records", name, records.size)
   if records.shards is not None:
     files = _files(records.data, datasets.get_builder(records.data))
-    if damaged := damage.find_damaged(files):
-      raise _damage_error(records.data, damaged, len(files))
+    likely = {records.shards.paths[shard] for shard in first}
+    for some in (
+      [file for file in files if file[0] in likely],
+      [file for file in files if file[0] not in likely],
+    ):
+      _LOG.info("%s: reading %d files", name, len(some))
+      if damaged := damage.find_damaged(some):
+        raise _damage_error(records.data, damaged, len(files))
     return
+  _LOG.info("%s: reading all %d records", name, records.size)
   for index in range(records.size):
     with at_fault(records, index):
       records.read(tf.constant([index], tf.int64))

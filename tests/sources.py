@@ -55,8 +55,10 @@ def break_four(folder):
     file.write("<html>not an image</html>")
 
 
-def build_numbers(path, count, shards, file_format=None, broken=None):
-  """Prepares and describes `count` JPEGs of noise, about 9 KB each, with ids.
+def build_numbers(path, count, shards, file_format=None, broken=None, size=64):
+  """Prepares and describes `count` JPEGs of noise with ids.
+
+  They are about 9 KB each, with `size=1` less than 1 KB.
 
   In TFDS's files, of `shards` shards, in an order that TFDS draws. The image
   of the id `broken` ends too early.
@@ -86,7 +88,7 @@ def build_numbers(path, count, shards, file_format=None, broken=None):
 
       def _generate_examples(self):
         for i in range(count):
-          image = rng.integers(0, 256, (64 + i % 7, 70, 3), np.uint8)
+          image = rng.integers(0, 256, (size + i % 7, size + 6, 3), np.uint8)
           content = tf.io.encode_jpeg(image, quality=95).numpy()
           if i == broken:
             content = content[:1000]

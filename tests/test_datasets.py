@@ -120,6 +120,8 @@ def test_unusual_but_legal_images_are_kept(folder):
     ({"module": "data.digits:9.9.9"}, ["data.digits:9.9.9", "1.0.0"]),
     ({"module": "data.imagenet21k/spring"}, ["spring", "winter21"]),
     ({"mixture": []}, ["data.mixture"]),
+    ({"name": 3}, ["data.name=3", "text"]),
+    ({"name": "digits", "data_dir": 3}, ["data.data_dir=3", "text"]),
     ({"module": "lookup_vit"}, ["'lookup_vit'", "no class Builder"]),
     ({"folder": "/nowhere/at/all"}, ["/nowhere/at/all", "FOLDER/SPLIT/CLASS"]),
   ],
@@ -147,14 +149,18 @@ def test_set_that_is_not_prepared(tmp_path):
   assert "ILSVRC2012_img_val.tar" in str(e.value)
 
 
-def test_version_that_is_not_prepared(digits, tmp_path):
+@pytest.fixture
+def numbers(tmp_path):
+  """A set that there is no code for, only its files."""
+  return sources.build_numbers(tmp_path, 5, 1)
+
+
+def test_version_that_is_not_prepared(numbers, tmp_path):
   """What is there is said, also a preparation that was not finished."""
-  shutil.copytree(digits["data_dir"], tmp_path, dirs_exist_ok=True)
-  done = tmp_path / "digits" / "1.0.0"
+  done = tmp_path / "numbers" / "1.0.0"
   half = done.rename(done.parent / "incomplete.ABC123_1.0.0")
-  data = {"name": "digits", "split": "train", "data_dir": str(tmp_path)}
-  with pytest.raises(ValueError, match="digits"):
-    datasets.get_builder(data)
+  with pytest.raises(ValueError, match="it has incomplete.ABC123_1.0.0"):
+    datasets.get_builder(numbers)
   data = {"module": "data.imagenet21k", "data_dir": str(tmp_path)}
   old = tmp_path / "imagenet21k" / "winter21" / "0.9.0"
   half.rename(tmp_path / "half")
@@ -166,6 +172,30 @@ def test_version_that_is_not_prepared(digits, tmp_path):
   data["module"] += "/fall11"
   with pytest.raises(ValueError, match="imagenet21k --config=fall11 --data_d"):
     datasets.get_builder(data)
+
+
+@pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
+def test_description_that_is_cut(file, numbers, tmp_path):
+  sources.cut(tmp_path / "numbers" / "1.0.0" / file, 50)
+  with pytest.raises(ValueError, match="cannot be read.*again") as e:
+    datasets.get_builder(numbers)
+  assert "data.name='numbers'" in str(e.value) and str(tmp_path) in str(e.value)
+
+
+def test_description_of_a_module_that_is_cut(digits, tmp_path):
+  shutil.copytree(digits["data_dir"], tmp_path, dirs_exist_ok=True)
+  sources.cut(tmp_path / "digits" / "1.0.0" / "dataset_info.json", 50)
+  data = {"module": "data.digits", "data_dir": str(tmp_path)}
+  with pytest.raises(ValueError, match="data.module='data.digits'.*'digits'"):
+    datasets.get_builder(data)
+
+
+def test_versions_and_configs_that_only_the_files_tell(numbers):
+  for name in ("numbers:2.0.0", "numbers/small"):
+    data = {**numbers, "name": name}
+    with pytest.raises(ValueError, match="it has 1.0.0") as e:
+      datasets.get_builder(data)
+    assert name in str(e.value) and numbers["data_dir"] in str(e.value)
 
 
 DIGITS = {"module": "data.digits", "split": "train[:9]"}
@@ -196,6 +226,7 @@ def test_mixture_of_other_classes(digits, folder):
     ([DIGITS], ["data.mixture[0].weight=None", "> 0"]),
     ([{**DIGITS, "weight": -1}], ["data.mixture[0].weight=-1"]),
     ([{**DIGITS, "weight": True}], ["data.mixture[0].weight=True"]),
+    ([{**DIGITS, "weight": 1, "pp": 7}], ["data.mixture[0].pp=7", "text"]),
     (
       [{**DIGITS, "weight": 1}, {"name": "a", "wieght": 1, "weight": 1}],
       ["data.mixture[1]", "'wieght'"],

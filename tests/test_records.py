@@ -5,6 +5,7 @@ What folders of images need is in test_datasets.py.
 
 import itertools
 import os
+import shutil
 
 import pytest
 import tensorflow as tf
@@ -126,12 +127,42 @@ def test_corrupt_array_record_is_named_when_it_is_read(tmp_path):
   data = sources.build_numbers(tmp_path, 40, 3, "array_record")
   path = sources.shard_paths(data)[1]
   with open(path, "r+b") as file:
-    file.seek(os.path.getsize(path) // 3)
-    file.write(b"garbage" * 4000)
+    file.seek(30_000)
+    file.write(b"garbage" * 200)
   for make in (train_batches, all_batches):
     with pytest.raises(ValueError, match=r"record \d+ of .*Corrupted") as e:
       make(data)
     assert path in str(e.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "shorter"])
+def test_damaged_array_record_is_named_before_training(damage, tmp_path):
+  data = sources.build_numbers(tmp_path / "a", 40, 3, "array_record")
+  path = sources.shard_paths(data)[1]
+  if damage == "shorter":
+    other = sources.build_numbers(tmp_path / "b", 20, 3, "array_record")
+    shutil.copy(sources.shard_paths(other)[1], path)
+  else:
+    sources.cut(path, 0 if damage == "empty" else os.path.getsize(path) - 999)
+  with pytest.raises(ValueError, match="1 of the 3 files") as e:
+    ip.make_train(data, pp=SMALL_PP, batch_size=2, seed=0)
+  assert path in str(e.value)
+
+
+def test_shard_with_too_few_records_is_named(fragile):
+  """Cut between two records, which TensorFlow takes for the end."""
+  path = sources.shard_paths(fragile)[1]
+  raw = [record.numpy() for record in tf.data.TFRecordDataset(path)]
+  with tf.io.TFRecordWriter(path) as writer:
+    # As many bytes as before, so that their number tells nothing.
+    writer.write(raw[0] + bytes(sum(map(len, raw[-2:])) + 32))
+    for record in raw[1:-2]:
+      writer.write(record)
+  for make in (train_batches, all_batches):
+    with pytest.raises(ValueError, match="1 of the 3 files") as e:
+      make(fragile)
+    want = f"{path}: {len(raw) - 2} records, wanted {len(raw)}"
+    assert want in str(e.value)
 
 
 @pytest.mark.parametrize("file_format", [None, "array_record"])
