@@ -202,11 +202,20 @@ def _array_record_reader(builder, data):
     raise _damage_error(data, damaged, len(files))
   source = builder.as_data_source(data["split"]).data_source
 
-  def read(indices):
-    def fetch(indices):
+  def fetch(indices):
+    try:
       return np.array(source.__getitems__(indices.tolist()), object)
+    except RuntimeError:
+      # TensorFlow would print its traceback, several times.
+      return np.full(len(indices), b"", object)
 
-    return tf.numpy_function(fetch, [indices], tf.string, stateful=False)
+  def read(indices):
+    records = tf.numpy_function(fetch, [indices], tf.string, stateful=False)
+    whole = tf.debugging.assert_positive(
+      tf.strings.length(records), "the record is corrupt", summarize=0
+    )
+    with tf.control_dependencies([whole]):
+      return tf.identity(records)
 
   return read
 
@@ -333,10 +342,8 @@ def at_fault(records: Records, index: int) -> Iterator[None]:
   """Turns an op's error into a ValueError that names the record it is about."""
   try:
     yield
-  except (tf.errors.OpError, RuntimeError) as e:
-    # ArrayRecord raises the latter.
-    is_op = isinstance(e, tf.errors.OpError)
-    reason = damage.reason(e) if is_op else str(e).partition(";")[0]
+  except tf.errors.OpError as e:
     raise ValueError(
-      f"{datasets.source(records.data)}: {records.where(index)}: {reason}"
+      f"{datasets.source(records.data)}: {records.where(index)}: "
+      f"{damage.reason(e)}"
     ) from e

@@ -130,7 +130,7 @@ def test_corrupt_array_record_is_named_when_it_is_read(tmp_path):
     file.seek(30_000)
     file.write(b"garbage" * 200)
   for make in (train_batches, all_batches):
-    with pytest.raises(ValueError, match=r"record \d+ of .*Corrupted") as e:
+    with pytest.raises(ValueError, match=r"record \d+ of .*corrupt") as e:
       make(data)
     assert path in str(e.value)
 
