@@ -51,8 +51,10 @@ def _truncate(path):
     f.truncate(os.path.getsize(path) // 2)
 
 
-@pytest.mark.parametrize("damage", [_flip, _truncate, os.remove])
-@pytest.mark.parametrize("item", ["params", "opt_state"])
+@pytest.mark.parametrize(
+  "damage, item",
+  [(_flip, "params"), (_truncate, "opt_state"), (os.remove, "params")],
+)
 def test_damage_is_noticed_and_the_offer_works(copy, damage, item):
   config, workdir, state = copy
   damage(_largest_file(os.path.join(workdir, "checkpoints", "12", item)))
