@@ -267,7 +267,8 @@ def make_train(
     batch_size: size of the global batch.
     seed: of the order and of the preprocessing, up to 64 bits.
     start_step: number of the first batch. What it costs to start there does
-      not depend on it: at most a window is read and not used.
+      not depend on it: at most a window is read and not used; of TFRecord files
+      that are not local, also what each lane skips in its first shard.
     shuffle_buffer_size: size of the windows of undecoded records that an epoch
       is shuffled through, over all hosts, which have about two of them in
       memory. A folder of images, and ArrayRecord files, need none: their

@@ -253,6 +253,20 @@ def test_augmentation_belongs_to_example_and_epoch(numbers):
   assert (epochs[0][1] != epochs[1][1]).any((1, 2, 3)).all()
 
 
+def test_shards_of_a_step_are_those_that_its_batch_is_from(numbers):
+  """What is checked first where a record is corrupt."""
+  source = records.open_records(numbers)
+  ends = np.cumsum(source.shards.sizes)
+  part = ip._Part(source, None, order.make_seed(3), 12, (6, 12), 30)
+  fewer = 0
+  for step in (0, 7, 20, 21, 22, 5000):
+    examples = part.stream(step).take(2 * part.width)
+    used = {int(np.searchsorted(ends, i, "right")) for _, i, _ in examples}
+    assert used <= part.shards_at(step)
+    fewer += len(part.shards_at(step)) < len(ends)
+  assert fewer
+
+
 def bytes_read():
   """Bytes that this process has read so far, from the page cache too."""
   with open("/proc/self/io") as file:
