@@ -37,6 +37,7 @@ setup(
       "pytest",
       "pytest-xdist",
       "ruff",
+      "trustme",
     ],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],

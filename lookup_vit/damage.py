@@ -42,10 +42,19 @@ def listing(wrong: dict[str, str]) -> str:
   return names + (f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else "")
 
 
-def _with_progress(
+def with_progress(
   results: Iterable[Any], total: int, what: str
 ) -> Iterator[Any]:
-  """Passes results on, with a line of progress every few seconds."""
+  """Passes results on, with a line of progress every few seconds.
+
+  Args:
+    results: what to pass on.
+    total: how many they are.
+    what: what they are, for the line.
+
+  Yields:
+    The results.
+  """
   start = last = time.monotonic()
   for done, result in enumerate(results, 1):
     yield result
@@ -78,7 +87,7 @@ def find_broken(paths: tuple[str, ...]) -> dict[str, str]:
   broken = {}
   with futures.ThreadPoolExecutor(16) as pool:
     errors = pool.map(check, groups)
-    for group in _with_progress(errors, len(groups), "groups of 64 images"):
+    for group in with_progress(errors, len(groups), "groups of 64 images"):
       broken.update(group)
   return broken
 
@@ -126,7 +135,7 @@ def find_damaged(files: Sequence[tuple[str, int]]) -> dict[str, str]:
     return {}
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     errors = pool.map(_records_error, *zip(*files, strict=True))
-    errors = _with_progress(errors, len(files), "files")
+    errors = with_progress(errors, len(files), "files")
     found = zip([path for path, _ in files], errors, strict=True)
     return {path: error for path, error in found if error}
 

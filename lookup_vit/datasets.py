@@ -349,6 +349,20 @@ def slices(builder, data) -> list[tuple[str, range]]:
   ]
 
 
+def files(builder, data) -> dict[str, list[tuple[str, int]]]:
+  """Lists the files of the splits that `data.split` is of.
+
+  Returns:
+    For each split, by its name, the paths and numbers of records.
+  """
+  splits = {}
+  for name, _ in slices(builder, data):
+    info = builder.info.splits[name]
+    paths = map(str, info.filepaths)
+    splits[name] = list(zip(paths, info.shard_lengths, strict=True))
+  return splits
+
+
 def folder_examples(builder, data) -> list[tuple[str, int]]:
   """Lists (path, label) of a folder's split, without its broken images."""
   # TFDS reads no parts of a folder's splits, but it has listed the files, in

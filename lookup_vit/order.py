@@ -21,9 +21,11 @@ from lookup_vit import quiet_tensorflow  # noqa: F401
 # isort: split
 import tensorflow as tf
 
-# More lanes than this gain nothing, and each of them has a window and a file
-# open on some host.
-_MAX_LANES = 128
+# Up to so many lanes, each with a window and a file open on some host. Batches
+# of more than eight examples for each of them have more lanes, for hosts to
+# share evenly; fewer examples of a lane in a batch cost more time each.
+_LANES = 128
+_MAX_LANES = 512
 
 Int = Any  # int or int64 scalar tensor
 
@@ -85,7 +87,8 @@ class Order:
     """
     if self.size <= self.window:
       return 1
-    return min(self.batch_size, 2 * len(self.shard_sizes), _MAX_LANES)
+    most = min(max(self.batch_size // 8, _LANES), _MAX_LANES)
+    return min(self.batch_size, 2 * len(self.shard_sizes), most)
 
   @property
   def lane_window(self) -> int:

@@ -6,14 +6,16 @@ any order.
 
 import contextlib
 import dataclasses
+import itertools
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any
 
 import numpy as np
 
-from lookup_vit import damage, datasets, quiet_tensorflow  # noqa: F401
+from lookup_vit import damage, datasets, record_index  # noqa: F401
 
 # isort: split
 import tensorflow as tf
@@ -23,10 +25,9 @@ from lookup_vit.preprocess import get_preprocess_fn
 
 _LOG = logging.getLogger("lookup_vit")
 
-# Bytes of a TFRecord beside its content: length, and two checksums.
-_FRAME = 16
-# Bytes to read at a time where every request costs.
-_REMOTE_BUFFER = 8 << 20
+# Of a file on gs://, TensorFlow would read 64 MB wherever it is entered, and
+# hold them for each file that is open.
+os.environ.setdefault("GCS_READAHEAD_BUFFER_SIZE_BYTES", str(4 << 20))
 # Records of an ArrayRecord file to read at a time in sequence.
 _AT_A_TIME = 64
 
@@ -39,13 +40,14 @@ class Shards:
     paths: of the files.
     skips: records of each file that are not of the split, before its own.
     sizes: number of records of each.
-    buffer_size: bytes to read at a time; 0 reads each record by itself.
+    offsets: bytes before every `record_index.STRIDE`-th record of each file;
+      without an index of them, [0].
   """
 
   paths: tuple[str, ...]
   skips: np.ndarray
   sizes: np.ndarray
-  buffer_size: int
+  offsets: tuple[np.ndarray, ...]
 
   def read(
     self, shard: tf.Tensor, skip: tf.Tensor, take: tf.Tensor
@@ -54,25 +56,35 @@ class Shards:
 
     Args:
       shard: int64 [n], which shards.
-      skip: int64 [n], their records to pass over. These are not read where
-        `buffer_size` is 0.
+      skip: int64 [n], their records to pass over. Of those after the nearest
+        of `offsets`, a local file reads the lengths, a bucket all.
       take: int64 [n], their records to read.
 
     Returns:
       A dataset of (index in the split, record).
     """
     firsts = np.cumsum(self.sizes) - self.sizes
-    parts = tf.data.Dataset.from_tensor_slices(
-      (
-        tf.gather(tf.constant(self.paths), shard),
-        tf.gather(tf.constant(self.skips), shard) + skip,
-        take,
-        tf.gather(tf.constant(firsts), shard) + skip,
-      )
-    )
+    counts = np.array([len(offsets) for offsets in self.offsets])
+    first = tf.gather(tf.constant(firsts), shard) + skip
+    skip = tf.gather(tf.constant(self.skips), shard) + skip
+    place = tf.gather(tf.constant(counts), shard) - 1
+    place = tf.minimum(skip // record_index.STRIDE, place)
+    skip -= place * record_index.STRIDE
+    place += tf.gather(tf.constant(np.cumsum(counts) - counts), shard)
+    offset = tf.gather(tf.constant(np.concatenate(self.offsets)), place)
+    path = tf.gather(tf.constant(self.paths), shard)
 
-    def read_part(path, skip, take, first):
-      records = tf.data.TFRecordDataset(path, buffer_size=self.buffer_size)
+    def read_part(path, offset, skip, take, first):
+      # `tf.data.TFRecordDataset` has no offsets. Without a buffer each record
+      # is read by itself, so that what is skipped is not.
+      records = tf.raw_ops.TFRecordDatasetV2(
+        filenames=[path],
+        compression_type="",
+        buffer_size=tf.constant(0, tf.int64),
+        byte_offsets=[offset],
+      )
+      spec = tf.TensorSpec([], tf.string)
+      records = tf.data.experimental.from_variant(records, spec)
       # A file with too few records is an error, not the end of the zip.
       whole = tf.data.experimental.assert_cardinality(take)
       records = records.skip(skip).take(take).apply(whole)
@@ -80,6 +92,9 @@ class Shards:
         tf.data.Dataset.range(first, first + take), records
       )
 
+    parts = tf.data.Dataset.from_tensor_slices(
+      (path, offset, skip, take, first)
+    )
     return parts.flat_map(read_part)
 
 
@@ -134,7 +149,7 @@ def open_records(data) -> Records:
     raise ValueError(f"data.split={data['split']!r} has no examples")
   if "folder" in data:
     return _open_folder(data, builder)
-  _check_files(data, builder)
+  lengths = _check_files(data, builder)
   files = builder.info.splits[data["split"]].file_instructions
   firsts = np.cumsum([0] + [f.take for f in files])
 
@@ -146,7 +161,8 @@ def open_records(data) -> Records:
   fields = dict(data=data, size=size, load=_parser(builder), where=where)
   file_format = builder.info.file_format
   if file_format == tfds.core.FileFormat.TFRECORD:
-    return Records(shards=_make_shards(files), **fields)
+    offsets = _offsets(data, builder, lengths)
+    return Records(shards=_make_shards(files, offsets), **fields)
   if file_format == tfds.core.FileFormat.ARRAY_RECORD:
     return Records(read=_array_record_reader(builder, data), **fields)
   raise ValueError(
@@ -174,14 +190,31 @@ def _open_folder(data, builder):
   )
 
 
-def _make_shards(files):
-  # On a local disk each record is read by itself: what is skipped then is not.
-  is_remote = any("://" in f.filename for f in files)
+def _offsets(data, builder, lengths) -> dict[str, np.ndarray]:
+  """Returns the offsets of each file, of those that have an index."""
+  offsets = {}
+  for split, files in datasets.files(builder, data).items():
+    path = record_index.path_of(builder, split)
+    index = record_index.load(path, {name: lengths[name] for name, _ in files})
+    if index is not None:
+      offsets |= index
+    elif "://" in str(path):
+      _LOG.info(
+        "%s is not there: what comes before the place where a file is entered "
+        "is read too. `%s` makes it, once.",
+        path,
+        record_index.COMMAND,
+      )
+  return offsets
+
+
+def _make_shards(files, offsets):
+  beginning = np.zeros(1, np.int64)
   return Shards(
     paths=tuple(f.filename for f in files),
     skips=np.array([f.skip for f in files], np.int64),
     sizes=np.array([f.take for f in files], np.int64),
-    buffer_size=_REMOTE_BUFFER if is_remote else 0,
+    offsets=tuple(offsets.get(f.filename, beginning) for f in files),
   )
 
 
@@ -264,16 +297,16 @@ def _image_decoder(feature) -> Callable:
 
 
 def _files(data, builder) -> list[tuple[str, int]]:
-  """Lists the files of the splits that `data.split` is of, and their sizes."""
-  files = []
-  for name in dict.fromkeys(name for name, _ in datasets.slices(builder, data)):
-    info = builder.info.splits[name]
-    files += zip(map(str, info.filepaths), info.shard_lengths, strict=True)
-  return files
+  """Lists the files of all splits that `data.split` is of, and their sizes."""
+  return list(itertools.chain(*datasets.files(builder, data).values()))
 
 
-def _check_files(data, builder) -> None:
-  """Raises ValueError if files of a split are missing or cut; names them."""
+def _check_files(data, builder) -> dict[str, int]:
+  """Returns the bytes of each file of the splits.
+
+  Raises:
+    ValueError: if files are missing or cut; it names them.
+  """
   files = _files(data, builder)
 
   def length(path):
@@ -296,9 +329,11 @@ def _check_files(data, builder) -> None:
   is_tfrecord = builder.info.file_format == tfds.core.FileFormat.TFRECORD
   # TFDS writes 0 where it does not know the number of bytes.
   if is_tfrecord and all(info.num_bytes for info in infos):
-    wanted = sum(i.num_bytes + _FRAME * i.num_examples for i in infos)
+    frames = record_index.FRAME * sum(info.num_examples for info in infos)
+    wanted = sum(info.num_bytes for info in infos) + frames
     if sum(lengths) < wanted and (damaged := damage.find_damaged(files)):
       raise _damage_error(data, damaged, len(files))
+  return {path: n for (path, _), n in zip(files, lengths, strict=True)}
 
 
 def _damage_error(data, damaged, total) -> ValueError:

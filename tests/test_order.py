@@ -37,6 +37,25 @@ def test_lanes_share_the_slots(sizes, batch_size, window):
     assert list(range(*order.lanes_of(first, last))) == want
 
 
+@pytest.mark.parametrize(
+  "batch_size, lanes", [(100, 100), (1024, 128), (3072, 384), (8192, 512)]
+)
+def test_lanes_of_large_batches(batch_size, lanes):
+  order = Order((1251,) * 1024, batch_size, 10_000, make_seed(0))
+  assert order.lanes == lanes
+
+
+@pytest.mark.parametrize("hosts", [1, 3, 12, 16, 48, 96, 128])
+def test_hosts_share_the_lanes_of_a_large_batch(hosts):
+  order = Order((1251,) * 1024, 3072, 10_000, make_seed(0))
+  share = 3072 // hosts
+  of_hosts = [
+    range(*order.lanes_of(host * share, (host + 1) * share))
+    for host in range(hosts)
+  ]
+  assert list(itertools.chain(*of_hosts)) == list(range(order.lanes))
+
+
 @pytest.mark.parametrize("sizes, batch_size, window", ORDERS)
 def test_counts_are_those_of_the_positions(sizes, batch_size, window):
   order = Order(sizes, batch_size, window, make_seed(0))
