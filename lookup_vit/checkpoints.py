@@ -97,6 +97,10 @@ def _parts(state):
   return parts
 
 
+def _target(x, sharding):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
 class Checkpoints:
   """Saves and restores the train states of one work directory.
 
@@ -148,20 +152,22 @@ class Checkpoints:
       ),
     )
 
-  def restore(self, step: int, like: Any, sharding: Any) -> Any:
+  def restore(self, step: int, like: Any, shardings: Any) -> Any:
     """The train state of a step.
 
     Args:
       step: one of `steps()`.
       like: a train state of shapes.
-      sharding: of every array.
+      shardings: a train state of shardings; what was saved on another mesh is
+        laid out anew.
 
     Raises:
       DamagedCheckpointError: it cannot be read, or not as it was written.
     """
-    parts = self._read(step, _parts(like), sharding)
-    count = jnp.asarray(step, jnp.int32)
-    return like.replace(step=jax.device_put(count, sharding), **parts)
+    targets = jax.tree.map(_target, _parts(like), _parts(shardings))
+    parts = self._read(step, targets)
+    count = jax.jit(lambda: jnp.int32(step), out_shardings=shardings.step)()
+    return like.replace(step=count, **parts)
 
   def restore_params(self, step: int, sharding: Any = None) -> Any:
     """The parameters of a step, the Polyak average where there is one.
@@ -175,19 +181,14 @@ class Checkpoints:
     name = "ema" if has_ema else "params"
     try:
       tree = self._manager.item_metadata(step)[name].tree
-      like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree
-      )
+      targets = jax.tree.map(lambda x: _target(x, sharding), tree)
     except (MemoryError, PermissionError):
       raise
     except Exception as e:  # Orbax raises many kinds.
       raise self._damaged(step, e) from e
-    return self._read(step, {name: like}, sharding)[name]
+    return self._read(step, {name: targets})[name]
 
-  def _read(self, step, like, sharding):
-    targets = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
-    )
+  def _read(self, step, targets):
     try:
       restored = self._manager.restore(
         step,
@@ -201,10 +202,10 @@ class Checkpoints:
       raise
     except Exception as e:  # Orbax raises many kinds.
       raise self._damaged(step, e) from e
-    for name in like:
+    for name in targets:
       if [int(s) for s in _checksums(restored[name])] != sums[name]:
         raise self._damaged(step, f"the checksums of {name} differ")
-    return {name: restored[name] for name in like}
+    return {name: restored[name] for name in targets}
 
   def _damaged(self, step, why):
     folder = self.path / str(step)

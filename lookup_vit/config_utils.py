@@ -59,8 +59,10 @@ DEFAULTS = dict(
   ema_decay=None,
   # Evaluators by name: each has a `type`, a module of lookup_vit/evaluators.
   evals={},
-  # Devices: axes of the mesh and their sizes, -1 fills.
+  # Devices: axes of the mesh (data, fsdp, tensor) and their sizes, -1 fills;
+  # and how parameters lie on it: a name of parallel.STRATEGIES.
   mesh=[("data", -1)],
+  sharding="replicated",
   # What is written, and when.
   log_training_steps=50,
   log_attention_logit=False,
@@ -144,6 +146,7 @@ _WANTED = {
     ((lambda x: _is_number(x) and 0 < x < 1), "a number in (0, 1)")
   ),
   "mesh": (_list_of(_pair(_is_int)), "a list of (axis, size)"),
+  "sharding": _TEXT,
   "log_training_steps": _COUNT,
   "log_attention_logit": ((lambda x: isinstance(x, bool)), "True or False"),
   "ckpt_steps": _COUNT,
@@ -156,6 +159,7 @@ _WANTED = {
 _FREE = (
   "evals",
   "mesh",
+  "sharding",
   "log_training_steps",
   "log_attention_logit",
   "ckpt_steps",

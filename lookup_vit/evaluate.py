@@ -44,7 +44,7 @@ def evaluate(
   if not config.evals:
     raise ValueError(f"The config of {workdir} names no evaluators.")
   # The devices that are here, not those of the training.
-  config.mesh = [["data", -1]]
+  config.mesh, config.sharding = [["data", -1]], "replicated"
   if batch_size is not None:
     # What only an update would need of a batch is not asked of this one.
     config.grad_accum_steps = 1

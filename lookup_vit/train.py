@@ -136,8 +136,9 @@ def train_and_evaluate(
       writer.close()
 
   # What it leaves for people.
+  weights = state.params if state.ema is None else state.ema
+  weights = parallel.gather(weights, program.mesh)
   if writer:
-    weights = state.params if state.ema is None else state.ema
     summary.write(workdir, program, metrics, weights, _images(evaluators))
   return state
 
@@ -184,15 +185,19 @@ def restore_or_init(
     ValueError: the checkpoint is damaged, or `config.model_init` does not fit.
   """
   steps = store.steps()
-  sharding = parallel.replicated(program.mesh)
   if steps:
     log.info("Continuing from step %d.", steps[-1])
-    return store.restore(steps[-1], program.state_shapes, sharding)
+    return store.restore(
+      steps[-1], program.state_shapes, program.state_shardings
+    )
   state = program.init_state()
   if program.config.model_init is None:
     return state
   params = checkpoints.init_from(
-    program.config.model_init, state.params, program.model.scan, sharding
+    program.config.model_init,
+    parallel.gather(state.params, program.mesh),
+    program.model.scan,
+    parallel.replicated(program.mesh),
   )
   return program.init_state(params)
 

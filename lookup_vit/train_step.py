@@ -6,6 +6,7 @@ evaluate.py run the very same steps.
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -94,24 +95,38 @@ class Program:
   Args:
     config: a resolved config.
     total_steps: length of the training, for the schedule.
+    devices: to make the mesh over; all there are by default.
+
+  Attributes:
+    mesh: of the devices.
+    state_shapes: the train state, by shapes.
+    state_shardings: how it lies on the mesh, a tree of shardings.
 
   Raises:
     ValueError: anything in the config that cannot work: this is checked by
       shapes, without computing.
   """
 
-  def __init__(self, config: ml_collections.ConfigDict, total_steps: int):
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    total_steps: int,
+    devices: Sequence[jax.Device] | None = None,
+  ):
     self.config = config
-    self.mesh = parallel.make_mesh(config.mesh)
+    self.mesh = parallel.make_mesh(config.mesh, devices)
+    parallel.rules(config.sharding)
+    self.model = build_model(config)
+    self.grids = train_grids(config, self.model)
+    self.task = import_part("tasks", config.task, "Task", "config.task")(config)
     parallel.check_batch(
       "config.input.batch_size",
       config.input.batch_size,
       self.mesh,
       config.grad_accum_steps,
+      self.task.group,
     )
-    self.model = build_model(config)
-    self.grids = train_grids(config, self.model)
-    self.task = import_part("tasks", config.task, "Task", "config.task")(config)
+    self._check_tensor()
     for grid in self.grids:
       shapes = jax.eval_shape(functools.partial(self._init_params, grid=grid))
     self.tx, self.learning_rate = optim.make(config, shapes, total_steps)
@@ -121,6 +136,26 @@ class Program:
       self._trace()
     except TypeError as e:
       raise ValueError(f"The config does not work: {e}") from e
+    self.state_shardings = parallel.state_shardings(
+      self.state_shapes, self.mesh, config.sharding
+    )
+
+  def _check_tensor(self):
+    model = self.model
+    sizes = {
+      "heads": model.num_heads,
+      "hidden units of the MLP": round(model.width * model.mlp_ratio),
+    }
+    if hasattr(model, "grid"):
+      hidden = round(model.width * model.lookup_mlp_ratio)
+      sizes["heads of MHBC"] = model.mhbc_heads or model.num_heads
+      sizes["hidden units of the lookup MLP"] = hidden
+    parallel.check_tensor(self.mesh, self.config.sharding, sizes)
+
+  def _compile(self, function, out_shardings, **kwargs):
+    """As `jax.jit`, with the constraints on activations active."""
+    jitted = jax.jit(function, out_shardings=out_shardings, **kwargs)
+    return parallel.Compiled(jitted, self.mesh, self.config.sharding)
 
   def _trace(self):
     """Update and evaluation by shapes, to find what cannot work."""
@@ -157,10 +192,7 @@ class Program:
 
   def init_state(self, params: Any = None) -> TrainState:
     """The state before step 0, of given or freshly drawn parameters."""
-    init = jax.jit(
-      self._init_state, out_shardings=parallel.replicated(self.mesh)
-    )
-    return init(params)
+    return self._compile(self._init_state, self.state_shardings)(params)
 
   def check_input(self, spec: Any, field: str) -> None:
     """Raises ValueError unless batches of a data set fit model and task.
@@ -248,7 +280,8 @@ class Program:
     rng = jax.random.fold_in(jax.random.key(self.config.seed), 1)
     rng = jax.random.fold_in(rng, state.step)
     mix_rng, dropout_rng = jax.random.split(rng)
-    batch = self.task.augment(batch, mix_rng)
+    augment = parallel.per_device(self.task.augment, self.mesh)
+    batch = augment(batch, mix_rng)
     grads, scalars = self._gradients(state.params, batch, dropout_rng, grid)
     updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -275,11 +308,11 @@ class Program:
     and each head's, `grad_norm`, `update_norm`, `param_norm`, `lr`, `finite`,
     and `attention_logit_max` where the config asks for it.
     """
-    return jax.jit(
+    return self._compile(
       self.update,
+      (self.state_shardings, parallel.replicated(self.mesh)),
       static_argnums=2,
       donate_argnums=0,
-      out_shardings=parallel.replicated(self.mesh),
     )
 
   def evaluate(self, params, batch, grid):
@@ -298,8 +331,6 @@ class Program:
     The sums: each of the task's metrics over the examples that count,
     `examples` (how many count) and `seen` (how many are no padding).
     """
-    return jax.jit(
-      self.evaluate,
-      static_argnums=2,
-      out_shardings=parallel.replicated(self.mesh),
+    return self._compile(
+      self.evaluate, parallel.replicated(self.mesh), static_argnums=2
     )

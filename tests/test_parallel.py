@@ -1,4 +1,4 @@
-"""Tests of lookup_vit/parallel.py, on one device and on four."""
+"""Tests of lookup_vit/parallel.py, on one device and on eight."""
 
 import json
 import os
@@ -17,7 +17,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = """
 import json
 import jax
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
+import jax.numpy as jnp
 import numpy as np
 from lookup_vit import parallel
 
@@ -27,36 +28,60 @@ def error(function, *args):
   except ValueError as e:
     return str(e)
 
-mesh = parallel.make_mesh([("data", -1)])
+mesh = parallel.make_mesh([("fsdp", 2), ("data", -1)])
+cube = parallel.make_mesh([("data", 2), ("fsdp", 2), ("tensor", 2)])
 batch = dict(
   image=np.arange(8 * 3, dtype=np.float32).reshape(8, 3), label=np.arange(8)
 )
 put = parallel.put_batch(batch, mesh)
+wide = parallel.put_batch(batch, cube)
 whole = jax.device_put(np.arange(5), parallel.replicated(mesh))
+kernel = jnp.zeros((4, 8, 8))
+params = {"query": {"kernel": kernel, "bias": jnp.zeros((4, 6))}}
+layouts = {
+  strategy: jax.tree.map(
+    lambda x, s: s.shard_shape(x.shape),
+    params,
+    parallel.param_shardings(params, cube, strategy),
+  )
+  for strategy in parallel.STRATEGIES
+}
+place = parallel.per_device(lambda x, first, y: first + 0 * x + y, mesh)
+whole_again = parallel.gather(put, mesh)
 print(json.dumps(dict(
   sizes=[
-    dict(parallel.make_mesh(axes).shape)
-    for axes in ([("data", -1)], [("data", 4)], (["data", -1],))
+    list(parallel.make_mesh(axes).shape.values())
+    for axes in ([("data", -1)], [("data", 8)], (["tensor", -1],), [
+      ("tensor", 2), ("fsdp", -1), ("data", 2)
+    ])
   ],
-  devices=[d.id for d in mesh.devices.flat],
+  devices=[d.id for d in cube.devices.flat],
+  subset=parallel.make_mesh([("data", -1)], jax.devices()[3:5]).size,
   same=all(np.array_equal(put[k], batch[k]) for k in batch),
   shards=[s.data.tolist() for s in put["label"].addressable_shards],
-  image_shards=[list(s.data.shape) for s in put["image"].addressable_shards],
+  wide=[s.data.tolist() for s in wide["label"].addressable_shards],
   replicas=[s.data.tolist() for s in whole.addressable_shards],
+  gathered=[
+    np.array_equal(s.data, batch["image"])
+    for s in whole_again["image"].addressable_shards
+  ],
+  layouts=layouts,
+  place=np.asarray(jax.jit(place)(put["label"] * 1.0, 0.5)).tolist(),
   meshes=[
-    error(parallel.make_mesh, [("data", n)]) for n in (3, 8, 1, 0, -2)
+    error(parallel.make_mesh, [("data", n)]) for n in (3, 16, 1, 0, -2)
   ],
   fits=[
-    error(parallel.check_batch, "x", b, mesh, accum)
-    for b, accum in ((4, 1), (16, 1), (16, 2), (24, 3))
+    error(parallel.check_batch, "x", b, mesh, accum, group)
+    for b, accum, group in ((8, 1, 1), (16, 2, 2), (48, 3, 2), (24, 3, 1))
   ],
-  misfit=error(parallel.check_batch, "config.b", 6, mesh),
-  misfit_accum=error(parallel.check_batch, "config.b", 20, mesh, 2),
+  misfit=error(parallel.check_batch, "config.b", 12, mesh),
+  misfit_accum=error(parallel.check_batch, "config.b", 40, mesh, 2),
+  misfit_pairs=error(parallel.check_batch, "config.b", 8, mesh, 1, 2),
 )))
 """
 
 
-def test_four_devices():
+def test_eight_devices():
   out = subprocess.run(
     [sys.executable, "-c", PROGRAM],
     env=dict(os.environ, PYTHONPATH=ROOT, JAX_PLATFORMS="cpu"),
@@ -66,27 +91,41 @@ def test_four_devices():
   )
   assert out.returncode == 0, out.stderr
   got = json.loads(out.stdout)
-  assert got["sizes"] == [{"data": 4}] * 3
-  assert got["devices"] == [0, 1, 2, 3]
+  assert got["sizes"] == [[8, 1, 1], [8, 1, 1], [1, 1, 8], [2, 2, 2]]
+  assert got["devices"] == list(range(8))
+  assert got["subset"] == 2
   assert got["same"]
-  assert got["shards"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-  assert got["image_shards"] == [[2, 3]] * 4
-  assert got["replicas"] == [[0, 1, 2, 3, 4]] * 4
-  for n, message in zip((3, 8, 1, 0, -2), got["meshes"], strict=True):
-    for word in ("config.mesh", f"('data', {n})", "4 device(s)"):
+  # By process, whatever the axes; all of "tensor" have the same examples.
+  assert got["shards"] == [[i] for i in range(8)]
+  assert got["wide"] == [[i // 2 * 2, i // 2 * 2 + 1] for i in range(8)]
+  assert got["replicas"] == [[0, 1, 2, 3, 4]] * 8
+  assert got["gathered"] == [True] * 8
+  # The kernels of four scanned layers are [width, heads x head size] each; the
+  # 6 of the bias fit both axes, of size 2.
+  assert got["layouts"] == {
+    "replicated": {"query": {"kernel": [4, 8, 8], "bias": [4, 6]}},
+    "fsdp": {"query": {"kernel": [4, 4, 8], "bias": [4, 3]}},
+    "tensor": {"query": {"kernel": [4, 8, 4], "bias": [4, 3]}},
+    "fsdp_tensor": {"query": {"kernel": [4, 4, 4], "bias": [4, 3]}},
+  }
+  assert got["place"] == [i + 0.5 for i in range(8)]
+  for n, message in zip((3, 16, 1, 0, -2), got["meshes"], strict=True):
+    for word in ("config.mesh", f"('data', {n})", "8 device(s)"):
       assert word in message
   assert got["fits"] == [None] * 4
-  for word in ("config.b=6", "4 device(s)", "multiple of 4"):
+  for word in ("config.b=12", "8 device(s)", "multiple of 8"):
     assert word in got["misfit"]
-  for word in ("config.b=20", "4 device(s) x 2 acc", "multiple of 8"):
+  for word in ("config.b=40", "8 device(s) x 2 acc", "multiple of 16"):
     assert word in got["misfit_accum"]
+  for word in ("config.b=8", "in pairs for mixup", "multiple of 16"):
+    assert word in got["misfit_pairs"]
 
 
 def test_one_device():
   mesh = parallel.make_mesh([("data", -1)])
-  assert mesh.axis_names == ("data",)
-  assert mesh.devices.shape == (jax.device_count(),)
-  assert parallel.batch_sharding(mesh).spec == PartitionSpec("data")
+  assert mesh.axis_names == ("data", "fsdp", "tensor")
+  assert mesh.devices.size == jax.device_count()
+  assert parallel.batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
   assert parallel.replicated(mesh).spec == PartitionSpec()
   batch = dict(x=np.arange(6).reshape(3, 2), y=(np.ones(3),))
   put = parallel.put_batch(batch, mesh)
@@ -97,14 +136,44 @@ def test_one_device():
     parallel.check_batch("x", 7, mesh, 3)
 
 
+class Device:
+  """One of a host, for meshes that are not here."""
+
+  def __init__(self, index, process_index):
+    self.id, self.process_index = index, process_index
+
+
+def test_devices_lie_by_process_and_tensor_stays_on_a_host():
+  devices = [Device(i, i % 4) for i in range(16)]
+  mesh = parallel.make_mesh([("data", -1), ("tensor", 4)], devices)
+  for host, of_host in enumerate(mesh.devices[:, 0]):
+    assert [d.process_index for d in of_host] == [host] * 4
+  with pytest.raises(ValueError, match="tensor=8 does not divide the 4 dev"):
+    parallel.make_mesh([("data", -1), ("tensor", 8)], devices)
+
+
 @pytest.mark.parametrize(
-  "axes", [[], [("model", -1)], [("data", -1), ("model", 1)], [("data", 2)]]
+  "axes",
+  [
+    [("model", -1)],
+    [("data", -1), ("data", 1)],
+    [("data", -1), ("fsdp", -1)],
+    [("data", 2)],
+  ],
 )
 def test_mesh_errors(axes):
   with pytest.raises(ValueError, match="config.mesh"):
     parallel.make_mesh(axes)
 
 
-def test_mesh_with_two_sizes_to_fill():
-  with pytest.raises(ValueError, match="config.mesh"):
-    parallel.make_mesh([("data", -1), ("model", -1)])
+def test_strategies():
+  with pytest.raises(ValueError, match="config.sharding='zero3'.*fsdp_tensor"):
+    parallel.rules("zero3")
+  mesh = parallel.make_mesh([("data", -1)])
+  parallel.check_tensor(mesh, "tensor", {"heads": 3})
+  devices = [Device(i, 0) for i in range(4)]
+  mesh = parallel.make_mesh([("tensor", 4)], devices)
+  parallel.check_tensor(mesh, "replicated", {"heads": 3})
+  parallel.check_tensor(mesh, "tensor", {"heads": 8})
+  with pytest.raises(ValueError, match="tensor=4 does not divide 6 heads"):
+    parallel.check_tensor(mesh, "fsdp_tensor", {"MLP": 8, "heads": 6})

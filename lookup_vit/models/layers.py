@@ -109,9 +109,19 @@ def dropout(cfg: LayerConfig, x: Array) -> Array:
   return nn.Dropout(cfg.dropout, deterministic=False)(x)
 
 
+def constrain(x: Array, *names: str | None) -> Array:
+  """Names the dimensions of an activation, for `parallel.py` to lay it out.
+
+  Names: "batch", "heads", "mlp"; None is not split. Without a mesh and rules
+  nothing is done.
+  """
+  return nn.with_logical_constraint(x, names)
+
+
 def split_heads(x: Float[Array, "b n D"], num_heads: int):
   """`[batch, tokens, width]` to `[batch, tokens, heads, width / heads]`."""
-  return x.reshape(*x.shape[:-1], num_heads, -1)
+  x = x.reshape(*x.shape[:-1], num_heads, -1)
+  return constrain(x, "batch", None, "heads", None)
 
 
 def merge_heads(x: Float[Array, "b n h d"]) -> Float[Array, "b n D"]:
@@ -124,9 +134,10 @@ def attention_logits(
 ) -> Float[Array, "b h m n"]:
   """Scaled dot products, accumulated and returned in float32."""
   query = query / math.sqrt(query.shape[-1])
-  return jnp.einsum(
+  logits = jnp.einsum(
     "bmhd,bnhd->bhmn", query, key, preferred_element_type=jnp.float32
   )
+  return constrain(logits, "batch", "heads", None, None)
 
 
 def attention_dropout(
@@ -202,6 +213,7 @@ class Mlp(nn.Module):
       raise ValueError(f"MLP ratio {self.ratio} of width {width} leaves none.")
     bias_init = nn.initializers.normal(1e-6)
     x = dense(cfg, hidden, "dense_in", bias_init)(x)
+    x = constrain(x, "batch", None, "mlp")
     x = nn.gelu(x, approximate=cfg.gelu == "tanh")
     x = dropout(cfg, x)
     return dense(cfg, width, "dense_out", bias_init)(x)
@@ -215,7 +227,7 @@ def residual(
   drop_rate: Float[Array, ""],
 ) -> Float[Array, "b n D"]:
   """`x + update`, under dropout and stochastic depth (arXiv:1603.09382)."""
-  update = dropout(cfg, update)
+  update = constrain(dropout(cfg, update), "batch", None, None)
   if cfg.train and cfg.stochastic_depth:
     keep = 1 - drop_rate
     shape = (x.shape[0], 1, 1)

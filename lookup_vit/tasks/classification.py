@@ -40,15 +40,18 @@ class Task:
         "cutmix mix neighbours in a batch."
       )
     self.config = config
+    self.group = 2 if mixed else 1
 
-  def augment(self, batch: dict[str, Any], rng: jax.Array) -> dict[str, Any]:
+  def augment(
+    self, batch: dict[str, Any], first: Any, rng: jax.Array
+  ) -> dict[str, Any]:
     """Targets smoothed, images and targets mixed; any number of devices."""
     config = self.config
     targets = self.targets(batch)
     s = config.label_smoothing
     targets = targets * (1 - s) + s / config.num_classes
     images, targets = mixing.mix(
-      rng, batch["image"], targets, config.mixup.p, config.cutmix.p
+      rng, batch["image"], targets, config.mixup.p, config.cutmix.p, first
     )
     return {"image": images, "labels": targets}
 

@@ -16,6 +16,7 @@ def mix(
   labels: Float[Array, "b classes"],
   mixup_p: float,
   cutmix_p: float,
+  first: int | jax.Array = 0,
 ) -> tuple[Float[Array, "b *space c"], Float[Array, "b classes"]]:
   """Mixes each example with its neighbour.
 
@@ -31,6 +32,8 @@ def mix(
     labels: their targets, one-hot or multi-hot.
     mixup_p: parameter of the Beta distribution; 0 for no mixup.
     cutmix_p: likewise for cutmix.
+    first: place of the first example in the global batch, of which this may be
+      a part.
 
   Returns:
     The mixed images and labels, of the same shapes.
@@ -65,7 +68,7 @@ def mix(
     first = jax.random.bernoulli(keys[3])
     return jax.tree.map(lambda m, c: jnp.where(first, m, c), mixed, cut)
 
-  indices = jnp.arange(count)
+  indices = first + jnp.arange(count)
   return jax.vmap(one)(
     indices, images, _neighbours(images), labels, _neighbours(labels)
   )

@@ -123,7 +123,7 @@ def test_label_smoothing(kind):
   task = make_task(label_smoothing=0.2)
   batch, targets = make_targets(kind)
   batch["image"] = np.ones((5, 2, 2, 3), np.float32)
-  got = task.augment(batch, jax.random.key(0))
+  got = task.augment(batch, 0, jax.random.key(0))
   assert set(got) == {"image", "labels"}
   assert got["image"] is batch["image"]
   assert got["labels"].dtype == np.float32
@@ -133,7 +133,7 @@ def test_label_smoothing(kind):
 def test_no_augmentation():
   batch, targets = make_targets("label")
   batch["image"] = np.ones((5, 2, 2, 3), np.float32)
-  got = make_task().augment(batch, jax.random.key(0))
+  got = make_task().augment(batch, 0, jax.random.key(0))
   np.testing.assert_array_equal(got["labels"], targets)
 
 
@@ -143,7 +143,7 @@ def test_mixing_is_of_smoothed_targets():
     image=np.arange(4 * 36, dtype=np.float32).reshape(4, 6, 6, 1),
     label=np.array([0, 1, 2, 3]),
   )
-  got = task.augment(batch, jax.random.key(0))
+  got = task.augment(batch, 0, jax.random.key(0))
   smoothed = 0.8 * np.eye(7)[:4] + 0.2 / 7
   np.testing.assert_allclose(np.sum(got["labels"], -1), 1, 1e-6)
   assert not np.array_equal(got["image"], batch["image"])
