@@ -354,6 +354,9 @@ def files(builder, data) -> dict[str, list[tuple[str, int]]]:
 
   Returns:
     For each split, by its name, the paths and numbers of records.
+
+  Raises:
+    ValueError: there is no such split, or it is not set.
   """
   splits = {}
   for name, _ in slices(builder, data):

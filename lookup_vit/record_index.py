@@ -2,30 +2,29 @@ r"""Where the records of TFRecord files begin.
 
 python -m lookup_vit.record_index --config=configs/in1k_lookup_b.py
 
-reads the training data of a config once and writes `record_index-SPLIT.npz`
-beside their files. From a bucket, training then enters files anywhere without
-reading what comes before. On a local disk it does so without an index.
+reads the data of a config once, those of its evaluators too, and writes
+`record_index-SPLIT.npz` beside their files. From a bucket, files are then
+entered anywhere without reading what comes before. On a local disk that needs
+no index.
 """
 
+import contextlib
 import io
 import logging
 import os
-import zipfile
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
 import numpy as np
-from absl import flags
 
-from lookup_vit import cli, config_utils, damage, datasets  # noqa: F401
+from lookup_vit import damage, datasets, quiet_tensorflow  # noqa: F401
 
 # isort: split
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
-
-FLAGS = flags.FLAGS
 
 _LOG = logging.getLogger("lookup_vit")
 
@@ -34,6 +33,7 @@ STRIDE = 16
 # Bytes of a TFRecord beside its content: length, and two checksums.
 FRAME = 16
 COMMAND = "python -m lookup_vit.record_index --config=CONFIG"
+AGAIN = f"delete it, or make it again by `{COMMAND}`"
 
 
 def path_of(builder: tfds.core.DatasetBuilder, split: str) -> epath.Path:
@@ -59,51 +59,88 @@ def load(
   """
   if not path.exists():
     return None
-  again = f"delete it, or make it again by `{COMMAND}`"
+  content = io.BytesIO(path.read_bytes())
   try:
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as index:
-      found = dict(zip(index["names"].tolist(), index["sizes"], strict=True))
+    with np.load(content, allow_pickle=False) as index:
+      names, found = index["names"].tolist(), index["sizes"].tolist()
       parts = np.split(index["offsets"], np.cumsum(index["counts"])[:-1])
       stride = int(index["stride"])
-  except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as e:
-    raise ValueError(f"{path} is no index of records; {again}") from e
-  wanted = {os.path.basename(name): size for name, size in sizes.items()}
-  if found != wanted or stride != STRIDE:
-    raise ValueError(f"{path} is of other files than those beside it; {again}")
+  except Exception as e:  # Damage makes NumPy and zlib raise many kinds.
+    raise ValueError(f"{path} is no index of records; {AGAIN}") from e
+  wanted = list(map(os.path.basename, sizes)), list(sizes.values())
+  if (names, found) != wanted or stride != STRIDE:
+    raise ValueError(f"{path} is of other files than those beside it; {AGAIN}")
   return dict(zip(sizes, parts, strict=True))
 
 
-def make(data: Mapping[str, Any]) -> list[epath.Path]:
-  """Writes the indices of the splits that a data description names.
+def wanted(data: Mapping[str, Any]) -> dict[epath.Path, list[tuple[str, int]]]:
+  """Lists the indices that data can have, which need not be there.
 
   Args:
-    data: a data description, of TFRecord files.
+    data: a data description.
 
   Returns:
-    Their paths.
+    Paths of indices, each with paths and numbers of records of its files. There
+    are none for what is read in random access: folders and ArrayRecord files.
 
   Raises:
-    ValueError: the data are not there, are of another kind, or are damaged.
-    OSError: an index cannot be written.
+    ValueError: the data are not there.
   """
   data = datasets.check(data)
   builder = datasets.get_builder(data)
   is_folder = "folder" in data
   if is_folder or builder.info.file_format != tfds.core.FileFormat.TFRECORD:
-    raise ValueError(
-      f"{datasets.source(data)} is read in random access, without an index"
-    )
-  paths = []
-  for split, files in datasets.files(builder, data).items():
-    path = path_of(builder, split)
+    return {}
+  return {
+    path_of(builder, split): files
+    for split, files in datasets.files(builder, data).items()
+  }
+
+
+def make(path: epath.Path, files: Sequence[tuple[str, int]]) -> None:
+  """Reads TFRecord files and writes their index.
+
+  Args:
+    path: of the index.
+    files: paths and numbers of records.
+
+  Raises:
+    ValueError: a file is damaged, or has another number of records.
+    OSError: the index cannot be written; this is found before files are read.
+  """
+  with _written_whole(path) as partial:
     _LOG.info("%s: reading %d files", path.name, len(files))
     with futures.ThreadPoolExecutor(os.cpu_count() * 4) as pool:
       found = pool.map(_read, *zip(*files, strict=True))
       found = list(damage.with_progress(found, len(files), "files"))
-    _write(path, files, found)
-    _LOG.info("wrote %s", path)
-    paths.append(path)
-  return paths
+    sizes, offsets = zip(*found, strict=True)
+    content = io.BytesIO()
+    np.savez_compressed(
+      content,
+      names=np.array([os.path.basename(name) for name, _ in files]),
+      sizes=np.array(sizes),
+      counts=np.array([len(part) for part in offsets]),
+      offsets=np.concatenate(offsets),
+      stride=np.array(STRIDE),
+    )
+    partial.write_bytes(content.getvalue())
+  _LOG.info("wrote %s", path)
+
+
+@contextlib.contextmanager
+def _written_whole(path) -> Iterator[epath.Path]:
+  """Gives a path to write to, which then takes the place of `path`."""
+  # Of its own, as others may make the same index now.
+  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+  try:
+    partial.write_bytes(b"partial")
+    yield partial
+    partial.replace(path)
+  except tf.errors.OpError as e:
+    raise OSError(f"{path} cannot be written: {damage.reason(e)}") from e
+  finally:
+    with contextlib.suppress(tf.errors.OpError, OSError):
+      partial.unlink(missing_ok=True)
 
 
 def _read(path: str, count: int) -> tuple[int, np.ndarray]:
@@ -116,37 +153,38 @@ def _read(path: str, count: int) -> tuple[int, np.ndarray]:
     raise ValueError(f"{path}: {damage.reason(e)}") from e
   if len(lengths) != count:
     raise ValueError(f"{path}: {len(lengths)} records, wanted {count}")
-  ends = np.cumsum(lengths.astype(np.int64) + FRAME)
-  return int(ends[-1]), np.concatenate([[0], ends[:-1]])[::STRIDE]
-
-
-def _write(path, files: Sequence[tuple[str, int]], found):
-  sizes, offsets = zip(*found, strict=True)
-  content = io.BytesIO()
-  np.savez_compressed(
-    content,
-    names=np.array([os.path.basename(name) for name, _ in files]),
-    sizes=np.array(sizes),
-    counts=np.array([len(part) for part in offsets]),
-    offsets=np.concatenate(offsets),
-    stride=np.array(STRIDE),
-  )
-  # Whoever reads meanwhile finds the old index or the new one.
-  partial = path.with_name(f"{path.name}.partial")
-  partial.write_bytes(content.getvalue())
-  partial.replace(path)
+  places = np.cumsum(np.concatenate([[0], lengths + FRAME]), dtype=np.int64)
+  return int(places[-1]), places[: max(count, 1) : STRIDE]
 
 
 def main(argv):
-  """Indexes the training data of a config."""
+  """Indexes the data of a config."""
   del argv
-  config = config_utils.resolve(config_utils.load(FLAGS.config))
-  for data, _, _ in datasets.mixture(config.input.data):
-    make(data)
+  config = config_utils.resolve(FLAGS.config)
+  described = [("config.input", config.input.data)]
+  for name, fields in config.evals.items():
+    if "data" in fields:
+      described.append((f"config.evals.{name}", fields.data))
+  indices = {}
+  for where, data in described:
+    with config_utils.at_fault(where):
+      for member, _, _ in datasets.mixture(data):
+        of_member = wanted(member)
+        if not of_member:
+          _LOG.info("%s needs no index", datasets.source(member))
+        indices.update(of_member)
+  for path, files in indices.items():
+    make(path, files)
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string(
-    "config", None, "configs/NAME.py[:key=value,...]", required=True
-  )
+  # Not for those who import this file, the input side.
+  from absl import flags
+  from ml_collections import config_flags
+
+  from lookup_vit import cli, config_utils
+
+  FLAGS = flags.FLAGS
+  config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARGS]")
+  flags.mark_flags_as_required(["config"])
   cli.run(main)

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import Any
@@ -25,9 +24,6 @@ from lookup_vit.preprocess import get_preprocess_fn
 
 _LOG = logging.getLogger("lookup_vit")
 
-# Of a file on gs://, TensorFlow would read 64 MB wherever it is entered, and
-# hold them for each file that is open.
-os.environ.setdefault("GCS_READAHEAD_BUFFER_SIZE_BYTES", str(4 << 20))
 # Records of an ArrayRecord file to read at a time in sequence.
 _AT_A_TIME = 64
 
@@ -365,6 +361,11 @@ def check_for_damage(records: Records, first: Iterable[int] = ()) -> None:
       _LOG.info("%s: reading %d files", name, len(some))
       if damaged := damage.find_damaged(some):
         raise _damage_error(records.data, damaged, len(files))
+    if any(len(offsets) > 1 for offsets in records.shards.offsets):
+      raise ValueError(
+        f"{name}: the files are whole, but their index of records, "
+        f"record_index-*.npz beside them, does not fit; {record_index.AGAIN}"
+      )
     return
   _LOG.info("%s: reading all %d records", name, records.size)
   for index in range(records.size):

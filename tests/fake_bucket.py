@@ -45,6 +45,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def do_POST(self):
     path, query = self._url()
     body = self._body()
+    if self.server.read_only:
+      return self._answer(403, {})
     if path.startswith("/upload/"):
       if query["uploadType"] == "media":
         return self._write(query["name"], body)
@@ -129,6 +131,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return self._answer(416)
     with self.server.lock:
       self.server.sent += len(content)
+      self.server.asked = max(self.server.asked, last + 1 - first)
     self._answer(206, content)
 
   def _write(self, name, content, answer=None):
@@ -147,8 +150,9 @@ def serve(root: pathlib.Path, folder: pathlib.Path):
     folder: where to put a certificate.
 
   Yields:
-    The server, which counts the bytes of objects that it `sent`, and the
-    environment of a program that is to use it.
+    The server, which counts the bytes of objects that it `sent`, and knows the
+    largest range that was `asked` for; it refuses uploads where it is
+    `read_only`. And the environment of a program that is to use it.
   """
   authority = trustme.CA()
   authority.cert_pem.write_to_path(str(folder / "ca.pem"))
@@ -157,7 +161,8 @@ def serve(root: pathlib.Path, folder: pathlib.Path):
   authority.issue_cert(*hosts).configure_cert(tls)
   server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
   server.daemon_threads = True
-  server.tls, server.root, server.sent = tls, root, 0
+  server.tls, server.root = tls, root
+  server.sent, server.asked, server.read_only = 0, 0, False
   server.lock = threading.Lock()
   thread = threading.Thread(target=server.serve_forever)
   thread.start()

@@ -7,10 +7,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+import tensorflow as tf
+from etils import epath
 
-from lookup_vit import datasets, order, record_index, records
+from lookup_vit import datasets, record_index, records
 from lookup_vit import input_pipeline as ip
 from tests import fake_bucket, sources
 
@@ -25,6 +28,13 @@ def numbers(tmp_path):
 
 def index_path(data, split="train"):
   return record_index.path_of(datasets.get_builder(data), split)
+
+
+def make(data):
+  """Writes the index of the only split that is named."""
+  [(path, files)] = record_index.wanted(data).items()
+  record_index.make(path, files)
+  return path
 
 
 def take(data, steps, **kwargs):
@@ -42,7 +52,7 @@ def record_ends(path):
 
 
 def test_index_has_the_places_of_records(numbers):
-  [path] = record_index.make(numbers)
+  path = make(numbers)
   assert path == index_path(numbers)
   paths = sources.shard_paths(numbers)
   sizes = {path: os.path.getsize(path) for path in paths}
@@ -65,7 +75,7 @@ def test_an_index_changes_nothing(split, numbers):
     return part, take(data, 50, **kwargs) + late
 
   want = everything()
-  record_index.make(data)
+  make(data)
   got = everything()
   assert got[0] == want[0] == list(range(17, 141))
   for a, b in zip(got[1], want[1], strict=True):
@@ -74,7 +84,7 @@ def test_an_index_changes_nothing(split, numbers):
 
 
 def test_an_index_of_other_files_is_named(numbers, tmp_path):
-  [path] = record_index.make(numbers)
+  path = make(numbers)
   want = rf"{path} is of other files .*lookup_vit.record_index"
   content = path.read_bytes()
   for change in (
@@ -86,7 +96,11 @@ def test_an_index_of_other_files_is_named(numbers, tmp_path):
       np.savez(path, **(dict(index) | change))
     with pytest.raises(ValueError, match=want):
       take(numbers, 1, batch_size=8)
-  for broken in (b"", b"no archive", content[: len(content) // 2]):
+  middle = len(content) // 2
+  changed = bytearray(content)
+  for i in range(0, len(content), 7):
+    changed[i] ^= 0x5A
+  for broken in (b"", b"no archive", content[:middle], bytes(changed)):
     path.write_bytes(broken)
     with pytest.raises(ValueError, match=f"{path} is no index of records"):
       take(numbers, 1, batch_size=8)
@@ -95,26 +109,68 @@ def test_an_index_of_other_files_is_named(numbers, tmp_path):
     take(numbers, 1, batch_size=8)
 
 
+@pytest.mark.parametrize("place", range(40, 600, 40))
+def test_a_changed_byte_never_gives_other_offsets(place, numbers, tmp_path):
+  path = make(numbers)
+  sizes = {p: os.path.getsize(p) for p in sources.shard_paths(numbers)}
+  want = record_index.load(path, sizes)
+  content = bytearray(path.read_bytes())
+  content[place] ^= 0x5A
+  path.write_bytes(content)
+  try:
+    got = record_index.load(path, sizes)
+  except ValueError as e:
+    assert str(path) in str(e)
+  else:
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_an_index_of_other_records_is_named_when_it_is_read(numbers):
+  """Files of the same names and sizes, whose records begin elsewhere."""
+  path = make(numbers)
+  for file in sources.shard_paths(numbers):
+    records = list(tf.data.TFRecordDataset(file).as_numpy_iterator())
+    with tf.io.TFRecordWriter(file) as writer:
+      for record in records[::-1]:
+        writer.write(record)
+  with pytest.raises(ValueError, match="record_index-.* does not fit; delete"):
+    take(numbers, 40, batch_size=9, shuffle_buffer_size=20)
+  path.unlink()
+  take(numbers, 40, batch_size=9, shuffle_buffer_size=20)
+
+
+def test_shards_without_records(tmp_path):
+  files = []
+  for i, count in enumerate((0, 1, 17)):
+    files.append((str(tmp_path / f"{i}.tfrecord"), count))
+    with tf.io.TFRecordWriter(files[-1][0]) as writer:
+      for _ in range(count):
+        writer.write(b"record")
+  path = epath.Path(tmp_path / "index.npz")
+  record_index.make(path, files)
+  sizes = {file: os.path.getsize(file) for file, _ in files}
+  index = record_index.load(path, sizes)
+  assert [index[file].tolist() for file, _ in files] == [[0], [0], [0, 16 * 22]]
+
+
 def test_what_has_no_index(numbers, tmp_path):
   folder = sources.write_folder(tmp_path / "folder")
-  with pytest.raises(ValueError, match="data.folder=.* in random access"):
-    record_index.make(folder)
   array_record = sources.build_numbers(tmp_path / "a", 20, 2, "array_record")
-  with pytest.raises(ValueError, match="data.name='numbers' .*random access"):
-    record_index.make(array_record)
+  assert record_index.wanted(folder) == record_index.wanted(array_record) == {}
   with pytest.raises(ValueError, match="trian"):
-    record_index.make({**numbers, "split": "trian"})
+    record_index.wanted({**numbers, "split": "trian"})
   path = sources.shard_paths(numbers)[4]
   with open(path, "r+b") as file:
     file.seek(5000)
     file.write(b"garbage")
   with pytest.raises(ValueError, match=rf"{path}: corrupted record"):
-    record_index.make(numbers)
+    make(numbers)
   path = sources.shard_paths(numbers)[2]  # Before the other, in order.
   sources.cut(path, record_ends(path)[20])
   with pytest.raises(ValueError, match=f"{path}: 21 records, wanted 3[56]"):
-    record_index.make(numbers)
-  assert not index_path(numbers).exists()
+    make(numbers)
+  # Nor is anything half written.
+  assert not tf.io.gfile.glob(f"{index_path(numbers).parent}/record_index*")
 
 
 # --- On a bucket
@@ -165,44 +221,81 @@ class Reader:
     assert self.program.returncode == 0
 
 
+CONFIG = """
+from configs import digits_vit
+
+def get_config(arg=None):
+  config = digits_vit.get_config(arg)
+  config.input.data = {data}
+  config.evals = dict(val=dict(type="classification", data={evaluation}))
+  return config
+"""
+
+
+def run_command(path, env, data, evaluation):
+  """Runs the command on a config of these data; returns status and lines."""
+  config = path / "config.py"
+  config.write_text(CONFIG.format(data=data, evaluation=evaluation))
+  done = subprocess.run(
+    [sys.executable, "-m", "lookup_vit.record_index", f"--config={config}"],
+    env=dict(os.environ, **env),
+    capture_output=True,
+    text=True,
+  )
+  return done.returncode, done.stderr.strip().splitlines()
+
+
 def test_training_from_a_bucket(tmp_path):
   """Same batches as from a local disk; bytes within bounds, by an index."""
-  local = sources.build_numbers(tmp_path / "root", 1030, 5)
+  local = sources.build_numbers(tmp_path / "root", 1030, 20)
   total = sum(map(os.path.getsize, sources.shard_paths(local)))
   shard = max(map(os.path.getsize, sources.shard_paths(local)))
-  window = 60
+  window = 120
   kwargs = dict(pp=PP, batch_size=12, seed=3, shuffle_buffer_size=window)
-  lanes = order.Order((206,) * 5, 12, window, None).lanes
-  assert lanes == 10
+  # A lane's next window is fetched ahead, blocks are read whole, and a lane
+  # enters a shard at a place of the index.
+  lane = BLOCK + record_index.STRIDE * total / 1030
+  most = 2 * total * window / 1030 + shard + 12 * lane
   with fake_bucket.serve(tmp_path / "root", tmp_path) as (server, env):
     data = {**local, "data_dir": "gs://bucket"}
-    config = tmp_path / "config.py"
-    config.write_text(
-      "from configs import digits_vit\n"
-      "def get_config(arg=None):\n"
-      "  config = digits_vit.get_config(arg)\n"
-      f"  config.input.data = {data}\n"
-      "  return config\n"
-    )
-    made = subprocess.run(
-      [sys.executable, "-m", "lookup_vit.record_index", f"--config={config}"],
-      env=dict(os.environ, **env),
-      capture_output=True,
-      text=True,
-    )
-    assert made.returncode == 0, made.stderr
-    assert index_path(local).exists(), made.stderr
+    folder = sources.write_folder(tmp_path / "folder")
+    command = lambda data: run_command(tmp_path, env, data, folder)  # noqa: E731
+    reader = Reader(server, env, data, **kwargs)
+    _, without_index = reader.ask(10_000, 0, 1, 1)
+    reader.close()
+
+    # Where it cannot be written, this is said before the data are read.
+    server.read_only = True
+    server.sent = 0
+    status, lines = command(data)
+    assert status == 1 and server.sent < shard
+    name = "gs://bucket/numbers/1.0.0/record_index-train.npz"
+    assert lines[-1].startswith(f"error: {name} cannot be written: ")
+    server.read_only = False
+    status, lines = command({**data, "split": "trian"})
+    assert status == 1 and len(lines) == 1 and "error: config.input" in lines[0]
+    parts = [{**data, "split": s, "weight": 1} for s in ("train", "train[:9]")]
+    status, lines = command({"mixture": [*parts, {**folder, "weight": 1}]})
+    assert status == 0, lines
+    assert sum(f"wrote {name}" in line for line in lines) == 1
+    assert sum("folder" in line for line in lines) == 2  # Of the evaluator too.
+    assert [p.name for p in index_path(local).parent.glob("record_i*")] == [
+      "record_index-train.npz"
+    ]
+    # Of the programs that were not told otherwise.
+    assert server.asked == 4 << 20
+
     reader = Reader(server, env, data, **kwargs)
     for step in (0, 10, 10_000, 123_456_789):
       ids, got = reader.ask(step, 0, 1, 1)
       want = ip.make_train(local, start_step=step, **kwargs)
       assert ids[0] == next(iter(want))["id"].tolist()
-      # A lane's next window is fetched ahead.
-      most = 2 * total * window / 1030 + shard + lanes * BLOCK
       assert got < most, (step, got, most)
+      assert step != 10_000 or got < 0.8 * without_index
     steps = 3 * 1030 // 12
     for process, count in ((0, 1), (3, 4)):
       _, got = reader.ask(0, process, count, steps)
-      share, windows = total / count, total * window / 1030
-      assert 2.9 * share < got < 3 * (share + windows + shard), (process, count)
+      share = total / count
+      most = share + total * window / 1030 + shard + 12 * lane
+      assert 2.9 * share < got < 3 * most, (process, count)
     reader.close()
