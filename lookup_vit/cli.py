@@ -8,15 +8,23 @@ from typing import Any
 import absl.logging
 from absl import app, flags
 
+# Status of a run that was told to stop, and saved its state before: EX_TEMPFAIL
+# of sysexits.h. The same command continues it.
+PREEMPTED = 75
+
 # What a user can mend: a wrong value, a file, a rate that is too high.
 _USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
-def run(main: Callable[[Any], Any]) -> None:
+def run(main: Callable[[Any], Any], takes_command: bool = False) -> None:
   """Runs a program's `main` under absl, with readable logs and errors.
 
   A ValueError, OSError or FloatingPointError is the user's to mend: its message
   alone is printed, and the exit code is 1. `--verbosity=1` shows the traceback.
+
+  Args:
+    main: called with the arguments that are no flags.
+    takes_command: whether there may be any, behind `--`.
   """
 
   def parse(argv):
@@ -34,7 +42,7 @@ def run(main: Callable[[Any], Any]) -> None:
       if _debug():
         raise
       _fail(f"no such config field to override: {e.args[0]}")
-    if len(argv) > 1:
+    if len(argv) > 1 and not takes_command:
       _fail(f"unexpected arguments {argv[1:]}; a flag is --NAME=VALUE.")
     return argv
 

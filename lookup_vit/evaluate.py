@@ -13,6 +13,7 @@ from lookup_vit import (
   checkpoints,
   cli,
   config_utils,
+  distributed,
   parallel,
   train,
   train_step,
@@ -71,6 +72,7 @@ def evaluate(
 def main(argv):
   """Evaluates by the flags and prints the table."""
   del argv
+  distributed.initialize_by_flags()
   rows = evaluate(FLAGS.workdir, FLAGS.step, FLAGS.batch_size)
   if jax.process_index() == 0:
     print(accuracy_vs_flops.table(rows))
@@ -80,4 +82,5 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Of a training run.", required=True)
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
   flags.DEFINE_integer("batch_size", None, "The config's if not set.")
+  distributed.define_flags()
   cli.run(main)

@@ -9,6 +9,7 @@ import datetime
 import inspect
 import itertools
 import logging
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -23,6 +24,7 @@ from lookup_vit import (
   cli,
   config_utils,
   datasets,
+  distributed,
   input_pipeline,
   input_wait,
   metric_writer,
@@ -61,6 +63,8 @@ def train_and_evaluate(
     ValueError: config, data or work directory that cannot work, before any
       training.
     FloatingPointError: the loss is not finite.
+    SystemExit: of status `cli.PREEMPTED`, where the processes were told
+      to stop; the state is saved.
   """
   # What can be wrong is found first.
   config = config_utils.resolve(config)
@@ -118,11 +122,18 @@ def train_and_evaluate(
       last = step + 1 == total_steps
       due = due_evaluators(evaluators, step + 1, last)
       save = last or (step + 1) % config.ckpt_steps == 0
-      if not due and not save:
+      leave = distributed.preempted(step + 1) and not last
+      if not due and not save and not leave:
         continue
       progress.flush()  # Nothing is saved that is not finite.
+      if leave:  # In a hurry.
+        store.save(step + 1, state)
+        store.wait()
       # Before saving, so that a run that continues from here lacks no metrics.
       metrics = evaluate(due, state, step + 1, writer)
+      if leave:
+        log.info("Told to stop: saved step %d, to continue there.", step + 1)
+        sys.exit(cli.PREEMPTED)
       if save:
         store.save(step + 1, state)
       progress.restart_clock(step + 1)
@@ -370,6 +381,7 @@ def _images(evaluators, count=4):
 def main(argv):
   """Trains by the flags."""
   del argv
+  distributed.initialize_by_flags()
   train_and_evaluate(FLAGS.config, FLAGS.workdir)
 
 
@@ -377,4 +389,5 @@ if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARGS]")
   flags.DEFINE_string("workdir", None, "Where the run is written.")
   flags.mark_flags_as_required(["config", "workdir"])
+  distributed.define_flags()
   cli.run(main)
