@@ -131,7 +131,7 @@ judge() {
 }
 
 main() {
-  local attempt=1 status tries=1
+  local _ attempt=1 status tries=1
   call mkdir -p build/launch
   call git archive --format=tar.gz --output="$archive" HEAD
   while true; do
@@ -142,7 +142,7 @@ main() {
       [ "$status" -ne 2 ] || exit "$([ "$attempt" -gt 1 ] && echo 75 || echo 2)"
       [ "$attempt" -gt 1 ] || exit 1
       [ "$attempt" -le "$restarts" ] || exit 75
-      sleep "$((poll * 10))"
+      for _ in {1..10}; do sleep "$poll"; done
     else
       { install && run "$launch-$attempt" "$@"; } || status=$?
       judge "$status"

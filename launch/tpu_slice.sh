@@ -3,7 +3,7 @@
 # it made has `launch`, the name of this launch, as a label.
 
 state="" owner="" # What look saw last.
-made="" creating="" # create was called; it has not succeeded yet.
+made="" creating="" # create was called; it is being waited for.
 dry_slice="" # What look would see, were this no dry run.
 
 say() {
@@ -28,32 +28,32 @@ look() {
 }
 
 create() {
+  local status=0
   say "creating $type $name in $zone; it costs money until it is deleted"
   made=1 creating=1
   tpu create "$name" --accelerator-type="$type" --version="$version" \
-    ${spot:+"$spot"} --labels=launch="$launch" || return
+    ${spot:+"$spot"} --labels=launch="$launch" || status=$?
   creating="" dry_slice="READY $launch"
+  return "$status"
 }
 
 # The label tells: not even a slice of this name that somebody else made in
 # the same minute is deleted. One whose creation was cut short may show late.
 delete() {
-  local _
-  for _ in {1..10}; do
+  local try
+  for try in {1..10}; do
     if look 1; then
-      if [ -z "$state" ] && [ -z "$creating" ]; then return; fi
       if [ -n "$state" ]; then
         [ "$owner" = "$launch" ] && [ "$state" != DELETING ] || return 0
         say "deleting $name"
-        if tpu delete "$name"; then
-          creating=""
-          return
-        fi
+        if tpu delete "$name"; then return; fi
+      elif [ -z "$creating" ] || [ "$try" -gt 3 ]; then
+        return 0
       fi
     fi
     sleep "$poll"
   done
-  say "could not make sure that $name is deleted; it may cost money. To delete:"
+  echo "error: $name may still be there, and cost money. To delete it:" >&2
   dry_run=1 tpu delete "$name" >&2
   return 1
 }

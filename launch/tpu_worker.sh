@@ -9,6 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 record="$HOME/lookup_vit_run" # Holds: run, pid, status, log.
 mkdir -p "$record"
+touch "$record/log"
 
 # The system's Python may be older than 3.11, or unable to make environments.
 find_python() {
@@ -70,7 +71,7 @@ follow() {
   local lines="$1" pid file="$record/log"
   pid="$(cat "$record/pid")"
   is_first || file=/dev/null
-  tail --lines="$lines" --follow --sleep-interval=0.5 --pid="$pid" "$file"
+  tail --lines="$lines" --follow --sleep-interval=0.2 --pid="$pid" "$file"
   exit "$(cat "$record/status" 2> /dev/null || echo 137)"
 }
 
@@ -85,7 +86,7 @@ case "$1" in
     if [ "$(cat "$record/run" 2> /dev/null)" = "$1" ]; then
       follow 0
     else
-      begin="$(cat "$record/log" 2> /dev/null | wc -l)"
+      begin="$(wc -l < "$record/log")"
       start "$@"
       follow "+$((begin + 2))"
     fi
