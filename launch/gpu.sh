@@ -29,4 +29,5 @@ else
   [[ "$gpus" == *GPU* ]] || die "nvidia-smi finds no GPU on this machine"
 fi
 call source launch/env.sh cuda
-call exec python -m lookup_vit.supervise --restarts="$restarts" -- "$@"
+run=(python -m lookup_vit.supervise --restarts="$restarts" -- "$@")
+if [ -n "$dry_run" ]; then quoted "${run[@]}"; else exec "${run[@]}"; fi

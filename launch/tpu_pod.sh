@@ -7,8 +7,9 @@
 #          [--dry-run] -- python -m lookup_vit.train --config=... --workdir=gs://...
 # --keep leaves the slice. --dry-run prints the commands for a slice that is not
 # there yet. POLL=30 are the seconds between two looks at a slice.
-# Ends with 0: done; 75: preempted more often than --restarts, the same command
-# continues; 1 and 2: an error that a restart would not mend; others: a crash.
+# Restarts, after preemptions and crashes alike, are at most --restarts.
+# Ends with 0: done; 75: preempted too often, the same command continues; 1 and
+# 2: an error that a restart would not mend; others: crashed too often.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
@@ -104,9 +105,14 @@ run() {
 
 cleanup() {
   local status=$?
-  trap '' INT TERM HUP # A second Ctrl-C must not leave a slice behind.
+  trap '' INT TERM HUP PIPE # A second Ctrl-C must not leave a slice behind.
   set +e
   if [ -n "$child" ]; then kill -- "-$child" && wait "$child"; fi 2> /dev/null
+  if [ -z "$dry_run" ]; then
+    # The terminal, or `| tee`, may be gone; gcloud would fail to write there.
+    say "ending with status $status" || exec 2>> "build/launch/$name.log"
+    exec >&2
+  fi
   if [ -n "$running" ]; then
     say "stopping the run; it saves first"
     on_workers "bash lookup_vit/launch/tpu_worker.sh stop"
@@ -124,8 +130,11 @@ judge() {
     say "the slice was preempted: it is ${state:-gone}"
     status=75
   else
-    say "the run ended with status $status"
-    case "$status" in 1 | 2 | 126 | 127) exit "$status" ;; esac
+    say "it ended with status $status"
+    case "$status" in
+      64) exit 1 ;; # See launch/tpu_worker.sh.
+      2 | 126 | 127) exit "$status" ;;
+    esac
   fi
   [ "$attempt" -le "$restarts" ] || exit "$status"
 }
@@ -142,12 +151,13 @@ main() {
       [ "$status" -ne 2 ] || exit "$([ "$attempt" -gt 1 ] && echo 75 || echo 2)"
       [ "$attempt" -gt 1 ] || exit 1
       [ "$attempt" -le "$restarts" ] || exit 75
-      for _ in {1..10}; do sleep "$poll"; done
+      for _ in {1..9}; do sleep "$poll"; done
     else
       { install && run "$launch-$attempt" "$@"; } || status=$?
       judge "$status"
     fi
     say "restart $attempt of $restarts"
+    sleep "$poll"
     attempt=$((attempt + 1)) tries=10
   done
 }
@@ -162,4 +172,5 @@ trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 trap 'exit 129' HUP
+trap 'exit 141' PIPE
 main "$@"

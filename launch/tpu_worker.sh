@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One worker's side of launch/tpu_pod.sh, which calls it through ssh.
+# One worker's side of launch/tpu_pod.sh, which calls it through ssh. Ends with
+# the command's status, but with 64 in place of 1: 1 is gcloud's own failure.
 # The command runs apart from the ssh connection: where that breaks, gcloud
 # connects again with the same RUN, and only follows what is still going on.
 # Usage: bash launch/tpu_worker.sh install
@@ -30,20 +31,23 @@ is_first() {
   [ "$number" = 0 ]
 }
 
+to_run() {
+  kill "$1" -- "-$(cat "$record/pid")" 2> /dev/null
+}
+
 is_alive() {
-  [ -f "$record/pid" ] && kill -0 -- "-$(cat "$record/pid")" 2> /dev/null
+  [ -f "$record/pid" ] && [ ! -f "$record/status" ] && to_run -0
 }
 
 # SIGTERM makes training save; what does not leave in time is killed.
 stop() {
   local _
-  is_alive || return 0
-  kill -TERM -- "-$(cat "$record/pid")" || true
-  for _ in {1..240}; do
-    is_alive || return 0
-    sleep 0.25
+  if is_alive; then to_run -TERM || true; fi
+  for _ in {1..600}; do
+    is_alive || break
+    sleep 0.1
   done
-  kill -KILL -- "-$(cat "$record/pid")" || true
+  [ ! -f "$record/pid" ] || to_run -KILL || true
 }
 
 start() {
@@ -72,14 +76,16 @@ follow() {
   pid="$(cat "$record/pid")"
   is_first || file=/dev/null
   tail --lines="$lines" --follow --sleep-interval=0.2 --pid="$pid" "$file"
-  exit "$(cat "$record/status" 2> /dev/null || echo 137)"
+  status="$(cat "$record/status" 2> /dev/null || echo 137)"
+  [ "$status" -ne 1 ] || status=64
+  exit "$status"
 }
 
 case "$1" in
   install)
     PYTHON="$(find_python)"
     export PYTHON
-    source launch/env.sh tpu > "$record/install.log"
+    source launch/env.sh tpu > "$record/install.log" || exit 64
     ;;
   run)
     shift
