@@ -63,7 +63,7 @@ elif verb == "create":
     slices[name] = ["READY", "other"]
     save()
   if fails == "slow":
-    time.sleep(60)
+    time.sleep(100)
   if fails:
     sys.exit("ERROR: " + fails)
   assert name not in slices
@@ -92,17 +92,16 @@ if verb == "ssh":
   if "tpu_worker.sh run " in command and plan:
     entry = plan.pop(0)
     save()
-    env["OUTCOME"] = str(entry if isinstance(entry, int) else "hang"
-                         if entry == "hang" else 134)
-  for attempt in range(2 if entry == "reconnect" else 1):
-    if attempt:
-      time.sleep(0.2)
-    status = workers(lambda i, home: subprocess.Popen(
-      ["timeout", "0.7", "bash", "-c", command] if entry == "reconnect"
-      and not attempt else ["bash", "-c", command], cwd=home,
-      env=env | dict(HOME=home, WORKER=str(i),
-                     OUTCOME="slow" if entry == "reconnect"
-                     else env["OUTCOME"])))
+    outcomes = {{"hang": "hang", "lost": "hang", "reconnect": "slow"}}
+    env["OUTCOME"] = str(entry) if isinstance(entry, int) else (
+      "134" if isinstance(entry, dict) else outcomes[entry])
+  def connect(*limit):
+    return workers(lambda i, home: subprocess.Popen(
+      [*limit, "bash", "-c", command], cwd=home,
+      env=env | dict(HOME=home, WORKER=str(i))))
+  if entry in ("lost", "reconnect"):  # It breaks after a while.
+    connect("timeout", "0.7")
+  status = 255 if entry == "lost" else connect()
   if isinstance(entry, dict):
     if entry["preempt"] == "gone":
       del slices[name]
@@ -236,7 +235,7 @@ class Machine:
     return tools
 
   def finish(self, process):
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=40)
     return subprocess.CompletedProcess(None, process.returncode, out, err)
 
   def __call__(self, script, *args, **env):
@@ -423,7 +422,7 @@ def test_pod_cannot_be_created(machine, pod):
   result = pod(plan=[{"create": "no capacity"}])
   assert result.returncode == 1
   assert "no capacity" in result.stderr
-  assert machine.steps() == ["create"]
+  assert [c[4] for c in machine.calls()] == ["list", "create", "list"]
 
 
 def test_pod_of_somebody_quicker_stays(machine, pod):
@@ -574,6 +573,16 @@ def test_pod_connection_breaks(machine, pod):
   for worker in range(2):
     log = (machine.path / f"worker{worker}/lookup_vit_run/log").read_text()
     assert log.count("trains") == 1
+
+
+def test_pod_connection_is_lost(machine, pod):
+  """The next attempt ends what the one before has left running."""
+  result = pod(plan=["lost", 0])
+  assert result.returncode == 0, result.stderr
+  assert machine.steps() == ["create", *ATTEMPT * 2, "delete"]
+  for worker in range(2):
+    log = (machine.path / f"worker{worker}/lookup_vit_run/log").read_text()
+    assert re.findall("saved|trains", log) == ["trains", "saved", "trains"]
 
 
 def test_pod_is_busy(machine, pod):
