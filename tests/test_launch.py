@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-# As `python3`, as VENV/bin/python and as VENV/bin/ruff. The check of the
+# As `python3`, and in VENV/bin as python, ruff and shellcheck. The check of the
 # version is computed by a real interpreter that says it is of STUB_VERSION.
 STUB = f"""#!/usr/bin/env bash
 echo "$PWD|$0|$*" >> "$STUB_CALLS"
@@ -19,7 +19,7 @@ if [ "$1" = -c ]; then
 elif [ "$1 $2" = "-m venv" ]; then
   mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
 elif [ "$1 $2" = "-m pip" ]; then
-  cp "$0" "$(dirname "$0")/ruff"
+  for name in ruff shellcheck; do cp "$0" "$(dirname "$0")/$name"; done
 fi
 """
 
@@ -204,16 +204,21 @@ def test_lint_and_tests(launch):
   assert installed(calls) == [".[test]"]
   venv = launch.repo / ".venv"
   *lint, (python, tests) = worked(calls)
+  paths = sorted((ROOT / "launch").glob("*.sh"))
+  scripts = " ".join([*(f"launch/{p.name}" for p in paths), ".ci/run"])
   assert lint == [
     (f"{venv}/bin/ruff", "check ."),
     (f"{venv}/bin/ruff", "format --check ."),
+    (f"{venv}/bin/shellcheck", scripts),
   ]
   assert python == f"{venv}/bin/python"
   assert tests.startswith("-m pytest ")
   assert tests.endswith(" tests/models -x -k a  or b")
 
 
-@pytest.mark.parametrize("fails", ["check .", "format --check .", "-m pytest"])
+@pytest.mark.parametrize(
+  "fails", ["check .", "format --check .", "launch/", "-m pytest"]
+)
 def test_lint_or_tests_fail(launch, fails):
   process, calls = launch("launch/test.sh", STUB_FAILS=fails)
   assert process.returncode == 3
@@ -239,7 +244,7 @@ def test_continuous_integration(launch, fails):
   assert process.returncode == (3 if fails else 0)
   assert installed(calls) == [".[test]"]
   work = worked(calls)
-  assert len(work) == 3
+  assert len(work) == 4
   assert all(p.startswith(f"{launch.path}/tmp/") for p, _ in work)
   assert not list((launch.path / "tmp").iterdir())
   assert not (launch.repo / ".venv").exists()
