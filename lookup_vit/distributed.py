@@ -8,8 +8,11 @@ import signal
 import threading
 
 import jax
+import ml_collections
 from absl import flags
 from orbax.checkpoint import utils as ocp_utils
+
+from lookup_vit import config_utils
 
 log = logging.getLogger("lookup_vit")
 
@@ -17,7 +20,11 @@ _told_to_stop = threading.Event()
 
 
 def define_flags() -> None:
-  """Flags of the programs that run on several hosts."""
+  """Flags of the programs that run on many devices."""
+  flags.DEFINE_string(
+    "mesh", None, "Axes of the mesh, data=-1,tensor=4; the config's if not set."
+  )
+  flags.DEFINE_string("sharding", None, "Strategy; the config's if not set.")
   flags.DEFINE_string(
     "coordinator_address",
     None,
@@ -87,6 +94,21 @@ def initialize(
   )
   if jax.process_index() != 0:
     log.setLevel(logging.ERROR)
+
+
+def lay_out_by_flags(config: ml_collections.ConfigDict) -> None:
+  """Sets `config.mesh` and `config.sharding` to what the flags say, if set.
+
+  Raises:
+    ValueError: the mesh cannot be read.
+  """
+  values = flags.FLAGS
+  with config.unlocked():
+    if values.mesh is not None:
+      with config_utils.at_fault("--mesh"):
+        config.mesh = config_utils.parse_mesh(values.mesh)
+    if values.sharding is not None:
+      config.sharding = values.sharding
 
 
 def initialize_by_flags() -> None:

@@ -382,6 +382,7 @@ def main(argv):
   """Trains by the flags."""
   del argv
   distributed.initialize_by_flags()
+  distributed.lay_out_by_flags(FLAGS.config)
   train_and_evaluate(FLAGS.config, FLAGS.workdir)
 
 
