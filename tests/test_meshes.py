@@ -132,7 +132,7 @@ def runs(tmp_path_factory):
       )
       for i in range(count)
     ]
-    codes = [process.wait(timeout=400) for process in processes]
+    codes = [process.wait(timeout=900) for process in processes]
     assert not any(codes), (out / f"stderr_{count}_0").read_text()[-3000:]
   return out
 
