@@ -48,7 +48,9 @@ def get_config(arg=None):
 PROGRAM = """
 import hashlib
 import json
+import os
 import sys
+import time
 
 sys.path.insert(0, ".")
 config, workdir, log, process, count, port = sys.argv[1:]
@@ -76,6 +78,7 @@ class Logged:
         pixels = [hashlib.sha256(image).hexdigest() for image in images]
         line = step, batch["id"].tolist(), pixels
         print(json.dumps(line), file=file, flush=True)
+        time.sleep(float(os.environ.get("SECONDS_A_BATCH", 0)))
         yield batch
 
 
@@ -101,7 +104,7 @@ class Run:
     (path / "config.py").write_text(CONFIG)
     self.config = f"{path / 'config.py'}:{data['data_dir']}"
 
-  def start(self):
+  def start(self, **environment):
     with socket.socket() as s:
       s.bind(("127.0.0.1", 0))
       port = s.getsockname()[1]
@@ -114,6 +117,7 @@ class Run:
         ],
         stderr=(self.path / f"stderr_{process}").open("a"),
         stdout=subprocess.DEVNULL,
+        env=dict(os.environ, **environment),
       )
       for process in range(self.count)
     ]
@@ -131,9 +135,9 @@ class Run:
     rows = metric_writer.read(self.workdir)
     return rows[-1]["step"] if rows else 0
 
-  def start_to(self, step):
+  def start_to(self, step, **environment):
     """Starts, and waits until a step is reached."""
-    self.start()
+    self.start(**environment)
     while self.last_step() < step:
       assert self.processes[0].poll() is None, self.errors()
       time.sleep(0.005)
@@ -222,7 +226,8 @@ def test_told_to_stop(numbers, undisturbed, tmp_path):
   rng = random.Random(time.time())
   step, told = rng.randint(2, STEPS - 12), rng.randrange(2)
   print("told process", told, "at", step)
-  run.start_to(step)
+  # JAX looks for the signal once a second.
+  run.start_to(step, SECONDS_A_BATCH="0.2")
   run.processes[told].send_signal(signal.SIGTERM)
   assert [p.wait(timeout=30) for p in run.processes] == [75, 75], run.errors()
   saved = run.last_step()
@@ -256,7 +261,7 @@ def test_told_to_stop(numbers, undisturbed, tmp_path):
 
 def test_alone_told_to_stop(numbers, tmp_path):
   run = Run(tmp_path / "run", numbers, 1)
-  run.start_to(7)
+  run.start_to(7, SECONDS_A_BATCH="0.1")
   run.processes[0].send_signal(signal.SIGTERM)
   assert run.processes[0].wait(timeout=30) == 75
   saved = run.last_step()
