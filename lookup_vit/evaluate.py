@@ -15,6 +15,7 @@ from lookup_vit import (
   cli,
   config_utils,
   distributed,
+  parallel,
   train,
   train_step,
 )
@@ -79,7 +80,7 @@ def main(argv):
   """Evaluates by the flags and prints the table."""
   del argv
   distributed.initialize_by_flags()
-  lay_out = distributed.lay_out_by_flags
+  lay_out = parallel.lay_out_by_flags
   rows = evaluate(FLAGS.workdir, FLAGS.step, FLAGS.batch_size, lay_out)
   if jax.process_index() == 0:
     print(accuracy_vs_flops.table(rows))
@@ -90,4 +91,5 @@ if __name__ == "__main__":
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
   flags.DEFINE_integer("batch_size", None, "The config's if not set.")
   distributed.define_flags()
+  parallel.define_flags()
   cli.run(main)

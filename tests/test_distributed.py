@@ -7,9 +7,7 @@ import signal
 import subprocess
 import sys
 
-import ml_collections
 import pytest
-from absl import flags
 
 from lookup_vit import distributed
 
@@ -82,6 +80,7 @@ def test_in_the_script_of_a_slurm_job_it_is_alone():
     (dict(coordinator_address="h", num_processes=2, process_id=0), "'h': want"),
     (dict(coordinator_address="h:1", num_processes=2, process_id=2), "< --num"),
     (dict(heartbeat_timeout=0), "--heartbeat_timeout=0"),
+    (dict(join_timeout=0), "--join_timeout=0"),
   ],
 )
 def test_flags_that_do_not_fit(given, words):
@@ -94,34 +93,14 @@ def test_alone_it_is_told_by_sigterm(monkeypatch):
   monkeypatch.delenv("SLURM_NTASKS", raising=False)
   try:
     distributed.initialize()
-    assert not distributed.preempted(3)
+    assert signal.getsignal(signal.SIGTERM) == before
+    distributed.initialize(stops=True)
+    assert not distributed.preempted()
+    distributed.check()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert distributed.preempted(3) and distributed.preempted(4)
+    assert distributed.preempted() and distributed.preempted()
+    with pytest.raises(distributed.Preempted):
+      distributed.check()
   finally:
     signal.signal(signal.SIGTERM, before)
     distributed._told_to_stop.clear()
-
-
-def test_flags_lay_out_a_config(monkeypatch):
-  values = flags.FlagValues()
-  monkeypatch.setattr(flags, "FLAGS", values)
-  define = flags.DEFINE_string
-  monkeypatch.setattr(
-    flags, "DEFINE_string", lambda *args: define(*args, flag_values=values)
-  )
-  integer = flags.DEFINE_integer
-  monkeypatch.setattr(
-    flags, "DEFINE_integer", lambda *args: integer(*args, flag_values=values)
-  )
-  distributed.define_flags()
-  values(["program"])
-  config = ml_collections.ConfigDict(dict(mesh=[("data", -1)])).lock()
-  distributed.lay_out_by_flags(config)
-  assert config.to_dict() == dict(mesh=[("data", -1)])
-  values(["program", "--mesh=fsdp=-1,tensor=2", "--sharding=fsdp_tensor"])
-  distributed.lay_out_by_flags(config)
-  mesh = [("fsdp", -1), ("tensor", 2)]
-  assert config.to_dict() == dict(mesh=mesh, sharding="fsdp_tensor")
-  values(["program", "--mesh=fsdp:8"])
-  with pytest.raises(ValueError, match="--mesh: .*data=-1,tensor=4, not 'fs"):
-    distributed.lay_out_by_flags(config)

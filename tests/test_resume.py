@@ -59,9 +59,11 @@ from lookup_vit import cli, config_utils, distributed, train
 
 cli.setup_logging()
 if int(count) == 1:
-  distributed.initialize()
+  distributed.initialize(stops=True)
 else:
-  distributed.initialize(f"127.0.0.1:{port}", int(count), int(process))
+  distributed.initialize(
+    f"127.0.0.1:{port}", int(count), int(process), stops=True
+  )
 make_dataset = train.make_dataset
 
 
