@@ -9,7 +9,8 @@ afresh where the classes differ.
         --config=configs/in1k_finetune.py:from=workdirs/in21k_lookup_b,res=384
 
 `from` is the work directory of the run to start from; model and grids are its
-own. `runlocal` is for a trial, from a run that was made with `runlocal`.
+own, so that a dry run wants its config.json there. `runlocal` is for a trial,
+from a run that was made with `runlocal`.
 """
 
 import ml_collections

@@ -7,6 +7,10 @@ blocks alone.
 
     python -m lookup_vit.train --config=configs/in1k_vit_b.py \
         --workdir=gs://BUCKET/in1k_vit_b
+    python -m lookup_vit.dryrun --topology=v5e:8x8 \
+        --config=configs/in1k_vit_b.py
+    python -m lookup_vit.dryrun --topology=v5e:16x16 \
+        --config=configs/in1k_vit_b.py:variant=L/16
 
 Arguments: `--config=configs/in1k_vit_b.py:variant=L/16,res=384,aug=strong1`,
 `runlocal` for a trial without ImageNet.

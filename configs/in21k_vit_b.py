@@ -6,6 +6,10 @@ mean pooling.
 
     python -m lookup_vit.train --config=configs/in21k_vit_b.py \
         --workdir=gs://BUCKET/in21k_vit_b
+    python -m lookup_vit.dryrun --topology=v5e:8x8 \
+        --config=configs/in21k_vit_b.py
+    python -m lookup_vit.dryrun --topology=v5e:16x16 \
+        --config=configs/in21k_vit_b.py:variant=L/16
 
 Arguments: `--config=configs/in21k_vit_b.py:variant=L/16,release=fall11`,
 `runlocal` for a trial without ImageNet. The data are those of
