@@ -46,6 +46,7 @@ def get_config(arg=None):
 
   config.model_name = source.model_name
   config.model = {**source.model.to_dict(), "head_bias_init": 0.0}
+  common.fit_large(config)
   config.grids = source.grids
   config.model_init = arg["from"]
 

@@ -60,6 +60,7 @@ def get_config(arg=None):
     # All attention weights of a clip are 236 MB a block.
     remat_policy="nothing_saveable",
   )
+  common.fit_large(config)
 
   config.optax_name = "sgd"
   config.optax = dict(momentum=0.9)

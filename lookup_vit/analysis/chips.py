@@ -86,6 +86,8 @@ _ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-16",
   "TPU_WORKER_HOSTNAMES": "localhost",
+  # No chip is taken: several programs may plan at once.
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 

@@ -64,7 +64,10 @@ def ladders(config: Any, devices: int, kind: str) -> Iterator[list[Change]]:
 
 
 def find_change(
-  config: Any, devices: int, kind: str, fits: Callable[[Any], bool]
+  config: Any,
+  devices: int,
+  kind: str,
+  fits: Callable[[Any, bool], bool],
 ) -> Change | None:
   """The first change of `ladders` that makes a config fit, or None.
 
@@ -72,13 +75,16 @@ def find_change(
     config: prepared.
     devices: how many there are.
     kind: of the step that does not fit.
-    fits: whether a config does; ValueError where it does not work at all.
+    fits: called as `fits(config, quick)`: whether a config does, quickly or for
+      certain; ValueError where it does not work at all.
   """
 
-  def works(change):
-    log.info("Trying %s", "; ".join(as_lines(change)))
+  def works(change, quick):
+    log.info(
+      "%s %s", "Trying" if quick else "Checking", "; ".join(as_lines(change))
+    )
     try:
-      return fits(changed(config, change))
+      return fits(changed(config, change), quick)
     except ValueError as e:
       log.info("That cannot be: %s", e)
       return None
@@ -88,9 +94,13 @@ def find_change(
     verdict = None
     while ladder and verdict is None:
       *ladder, strongest = ladder
-      verdict = works(strongest)
-    if verdict:
-      return next((c for c in ladder if works(c)), strongest)
+      verdict = works(strongest, True)
+    if not verdict:
+      continue
+    for change in (*ladder, strongest):
+      promising = change is strongest or works(change, True)
+      if promising and works(change, False):
+        return change
   return None
 
 

@@ -233,11 +233,14 @@ def temporaries(
 
 def _short(op_name: str) -> str:
   """The end of an origin, without the names of transformations."""
+  if op_name.endswith("while/body/dynamic_update_slice"):
+    return "kept of each block"
   backward = "transpose(" in op_name
   skip = r"jit\(\w*\)|while|body|closed_call|checkpoint|rematted_computation"
   parts = [p for p in op_name.split("/") if not re.fullmatch(skip, p)]
   parts = [re.sub(r"\b(jvp|transpose|vmap|jit)\(|\)", "", p) for p in parts]
-  return ("backward of " if backward else "") + "/".join(parts[-4:])
+  name = "/".join([p for p in parts if p][-4:])
+  return ("backward of " if backward else "") + name
 
 
 def required_memory(message: str) -> tuple[float, list[tuple[float, str]]]:

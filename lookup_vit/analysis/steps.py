@@ -7,6 +7,7 @@ small depth without loops.
 """
 
 import concurrent.futures
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -31,6 +32,9 @@ BATCHES_AHEAD = 2
 # Depths of the models whose difference is the cost of a block.
 _DEPTHS = (1, 2)
 
+# Of the compiler, for what it counts: FLOPs are the same.
+_LITTLE = -1.0
+
 # Examples of training splits; of Kinetics as many as its copies list.
 EXAMPLES = {
   "imagenet2012": 1_281_167,
@@ -51,12 +55,14 @@ class Memory:
     largest: pairs of bytes and name of the largest buffers.
     total: bytes in all. Where the compiler refused, its own sum.
     refused: whether it did.
+    quick: whether this is of a quick compilation, and so about right.
   """
 
   parts: dict[str, float]
   largest: list[tuple[float, str]]
   total: float
   refused: bool = False
+  quick: bool = False
 
 
 @dataclasses.dataclass
@@ -180,50 +186,81 @@ def held_bytes(program: train_step.Program) -> dict[str, dict[str, int]]:
   return held
 
 
-def measure(program: train_step.Program, kind: str, grid: Any) -> Step:
-  """Compiles a step as it is run, for its memory and its collectives."""
+def measure(
+  program: train_step.Program, kind: str, grid: Any, quick: bool = False
+) -> Step:
+  """Compiles a step for its memory and its collectives.
+
+  Args:
+    program: of `make_program`.
+    kind: "train" or "evaluation".
+    grid: of the compressed tokens, or None.
+    quick: whether the compiler may take less trouble than it does for a run,
+      in a tenth of the time; its temporaries are then some percent off.
+  """
   held = held_bytes(program)
   sums = {part: sum(sizes.values()) for part, sizes in held.items()}
   # Beside what a step is given: input that waits, and in evaluation the rest of
   # the state.
-  beside = BATCHES_AHEAD * sums["batch"]
-  given = ["params", "opt_state", "ema", "batch"]
-  if kind == "evaluation":
-    beside += sums["opt_state"] + sums["ema"]
-    given = ["params", "batch"]
-  arrays = [(v, k) for part in given for k, v in held[part].items()]
+  given, rest = ["params", "opt_state", "ema", "batch"], []
   size = program.config.input.batch_size
+  beside = "batches ahead"
   if kind == "evaluation":
+    given, rest = ["params", "batch"], ["opt_state", "ema"]
     size = eval_batch_size(program.config)
-  step = functools.partial(Step, kind, grid, size)
+    beside = "batches ahead, rest of the state"
+  beside_bytes = BATCHES_AHEAD * sums["batch"] + sum(sums[k] for k in rest)
   lowered = lower(program, kind, grid)
   with tempfile.TemporaryDirectory() as folder:
+    refusal = None
     try:
-      compiled = _compile(lowered, program, xla_dump_to=folder)
+      with _effort(_LITTLE if quick else 0.0):
+        compiled = _compile(lowered, program, xla_dump_to=folder)
+      text = compiled.as_text()
     except jax.errors.JaxRuntimeError as e:
-      total, largest = hlo.required_memory(str(e))
-      largest = largest or sorted(arrays, reverse=True)
-      return step(Memory({}, largest[:6], total + beside, True), {})
-    text = compiled.as_text()
-    found = glob.glob(os.path.join(folder, "*buffer-assignment.txt"))
-    assignment = ""
-    if found:
-      with open(max(found, key=os.path.getsize)) as f:
-        assignment = f.read()
-  stats = compiled.memory_analysis()
-  parts = {
-    "arguments": stats.argument_size_in_bytes,
-    "outputs (not aliased)": (
-      stats.output_size_in_bytes - stats.alias_size_in_bytes
-    ),
-    "temporaries": stats.temp_size_in_bytes,
-    "program": stats.generated_code_size_in_bytes,
-    "batches ahead" + " and the rest of the state" * (kind != "train"): beside,
-  }
-  largest = arrays + hlo.temporaries(assignment, text, 6)
+      refusal = hlo.required_memory(str(e))
+      text = _largest_file(folder, "*after_optimizations.txt")
+    assignment = _largest_file(folder, "*buffer-assignment.txt")
+  largest = [(v, k) for part in given for k, v in held[part].items()]
+  largest += hlo.temporaries(assignment, text, 6)
+  if refusal is not None:
+    total, named = refusal
+    parts = {}
+    total += beside_bytes
+    largest = named or largest
+  else:
+    stats = compiled.memory_analysis()
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    parts = {
+      "arguments": stats.argument_size_in_bytes,
+      "outputs that are no arguments": outputs,
+      "temporaries": stats.temp_size_in_bytes,
+      "program": stats.generated_code_size_in_bytes,
+      beside: beside_bytes,
+    }
+    total = sum(parts.values())
   largest = sorted(largest, reverse=True)[:6]
-  memory = Memory(parts, largest, sum(parts.values()))
-  return step(memory, hlo.collectives(text))
+  memory = Memory(parts, largest, total, refusal is not None, quick)
+  return Step(kind, grid, size, memory, hlo.collectives(text))
+
+
+def _largest_file(folder, pattern):
+  """The text of the largest that there is; XLA dumps small programs too."""
+  found = glob.glob(os.path.join(folder, pattern))
+  if not found:
+    return ""
+  with open(max(found, key=os.path.getsize)) as f:
+    return f.read()
+
+
+@contextlib.contextmanager
+def _effort(value):
+  """How much trouble the compiler takes, -1 to 1; 0 where one does not say."""
+  jax.config.update("jax_exec_time_optimization_effort", value)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
 
 
 def count(
@@ -250,12 +287,13 @@ def count(
     program = make_program(small, devices)
     return _xla_count(_compile(lower(program, kind, grid), program))
 
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    one, two = pool.map(of_depth, _DEPTHS)
+  with _effort(_LITTLE):
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+      one, two = pool.map(of_depth, _DEPTHS)
+    update = _count_update(make_program(config, devices)) if accum > 1 else {}
   a, b = _DEPTHS
   total = {k: one[k] + (two[k] - one[k]) * (depth - a) / (b - a) for k in one}
   if accum > 1:
-    update = _count_update(make_program(config, devices))
     total = {k: accum * total[k] - (accum - 1) * update[k] for k in total}
   return total
 

@@ -16,8 +16,9 @@ def config(**fields):
 def find(c, fits, devices=8, kind="train"):
   tried = []
 
-  def note(c):
-    tried.append(c)
+  def note(c, quick):
+    if quick:
+      tried.append(c)
     return fits(c)
 
   return fit.find_change(c, devices, kind, note), tried
@@ -79,6 +80,14 @@ def test_combinations_and_nothing():
   assert change is None
   assert len(tried) < 12
   assert before == config()  # It is copied.
+
+
+def test_what_only_seemed_to_fit_gives_way_to_more():
+  def fits(c, quick):
+    return c.grad_accum_steps >= (2 if quick else 4)
+
+  change = fit.find_change(config(), 8, "train", fits)
+  assert change == {"grad_accum_steps": 4}
 
 
 def test_evaluation_has_a_batch_of_its_own():
