@@ -92,7 +92,6 @@ def report(
       f"  cost         {step.cost['flops'] / 1e12:.4g} TFLOP, "
       f"{step.cost['bytes accessed'] / 1e9:.4g} GB from and to memory"
     )
-  if step.cost:
     each = [
       f"{c.count:g} {kind} of {size_text(c.bytes)} (sends {size_text(c.sent)})"
       for kind, c in sorted(step.collectives.items())

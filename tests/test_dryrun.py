@@ -210,7 +210,8 @@ def test_programs():
     "no topology": (DIGITS,),
     "malformed": (DIGITS, "--topology=v5e"),
     "batch": (small_one, "--topology=cpu:3"),
-    "mesh": (DIGITS, cpu, "--grid=9x9"),
+    "grid": (DIGITS, cpu, "--grid=9x9"),
+    "mesh": ("--config=configs/in21k_lookup_b.py:variant=g/16", cpu),
     "vit": ("--config=configs/digits_vit.py", cpu, "--grid=3x3"),
     "file": ("--config=configs/nothing.py", cpu),
   }
@@ -238,7 +239,8 @@ def test_programs():
     "no topology": "--topology is not set",
     "malformed": "--topology=v5e: want CHIP:SIZE",
     "batch": "batch_size=8 does not divide over 3 device",
-    "mesh": "grid",
+    "grid": "(9, 9)",
+    "mesh": "('fsdp', 8)] does not fit 4 device",
     "vit": "--grid: model 'vit' has no compressed grid",
     "file": "nothing.py",
   }
@@ -303,6 +305,7 @@ def test_as_many_batches_ahead_as_training():
     (dict(module="data.digits", split="train"), 1437),
     (dict(module="data.digits", split="train[:100]"), 100),
     (dict(module="data.imagenet21k/winter21", split="train[51200:]"), 13100076),
+    (dict(module="data.digits", split="train[3shard:]"), None),
     (dict(name="unknown", split="train"), None),
     (dict(mixture=[]), None),
   ],

@@ -87,7 +87,7 @@ def num_examples(config: ml_collections.ConfigDict) -> float | None:
   """Examples of the training split; None where they are not known here."""
   data = config.input.data
   total = EXAMPLES.get(data.get("module") or data.get("name"))
-  match = re.fullmatch(r"\w+(?:\[(.*):(.*)\])?", data.get("split") or "")
+  match = re.fullmatch(r"\w+(?:\[(\d*%?):(\d*%?)\])?", data.get("split") or "")
   if total is None or not match:
     return None
 
