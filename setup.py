@@ -33,6 +33,8 @@ setup(
       "apache-beam",
       "autograd",
       "imageio-ffmpeg",
+      # Compiles for TPUs that are not here; there is none for other machines.
+      "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
       "mlcroissant",
       "pytest",
       "pytest-xdist",

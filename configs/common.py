@@ -67,6 +67,21 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(values)
 
 
+def fit_large(config: ml_collections.ConfigDict) -> None:
+  """Lets models of size L, H and g fit into chips with 16 GB.
+
+  L and larger keep less for the backward pass, where the config does not say
+  what to keep; the state of H and g is split over eight chips, so that their
+  number must be a multiple of eight.
+  """
+  size = config.model.get("variant", "B/16").split("/")[0]
+  if size in ("L", "H", "g") and "remat_policy" not in config.model:
+    config.model.remat_policy = "dots_with_no_batch_dims_saveable"
+  if size in ("H", "g"):
+    config.mesh = [("data", -1), ("fsdp", 8)]
+    config.sharding = "fsdp"
+
+
 def lookup_grids(variant: str, res: int) -> list[tuple[int, int]]:
   """The paper's multi-resolution set, as far as it fits the lookup grid."""
   side = res // decode_variant(variant)["patch_size"][-1]

@@ -2,6 +2,8 @@ r"""Multi-resolution LookupViT on scikit-learn's handwritten digits.
 
     python -m lookup_vit.train --config=configs/digits_lookup.py \
         --workdir=workdirs/digits_lookup
+    python -m lookup_vit.dryrun --topology=cpu:8 \
+        --config=configs/digits_lookup.py
 
 Arguments: `seed`, `epochs`, and `runlocal` for a run of seconds. Two cores
 train it in about three minutes. The hyperparameters were chosen on seed 0, by

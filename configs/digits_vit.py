@@ -1,7 +1,11 @@
 r"""ViT on scikit-learn's handwritten digits, trained as `digits_lookup.py` is.
 
-python -m lookup_vit.train --config=configs/digits_vit.py \
+    python -m lookup_vit.train --config=configs/digits_vit.py \
         --workdir=workdirs/digits_vit
+    python -m lookup_vit.dryrun --topology=cpu:1 \
+        --config=configs/digits_vit.py
+
+The arguments are the same.
 """
 
 from configs import digits_lookup

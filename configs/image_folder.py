@@ -5,6 +5,8 @@ r"""Your own images, in folders of classes.
 
     python -m lookup_vit.train --config=configs/image_folder.py:folder=FOLDER \
         --workdir=workdirs/mine
+    python -m lookup_vit.dryrun --topology=v5e:2x2 \
+        --config=configs/image_folder.py:folder=FOLDER
 
 Arguments: `model=vit` for the baseline, `variant`, `res`, `epochs`, `batch`;
 `init=WORKDIR` starts from another run of the same model; `on_error=skip` leaves

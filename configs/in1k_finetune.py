@@ -9,7 +9,8 @@ afresh where the classes differ.
         --config=configs/in1k_finetune.py:from=workdirs/in21k_lookup_b,res=384
 
 `from` is the work directory of the run to start from; model and grids are its
-own. `runlocal` is for a trial, from a run that was made with `runlocal`.
+own, so that a dry run wants its config.json there. `runlocal` is for a trial,
+from a run that was made with `runlocal`.
 """
 
 import ml_collections
@@ -45,6 +46,7 @@ def get_config(arg=None):
 
   config.model_name = source.model_name
   config.model = {**source.model.to_dict(), "head_bias_init": 0.0}
+  common.fit_large(config)
   config.grids = source.grids
   config.model_init = arg["from"]
 

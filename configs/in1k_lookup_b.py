@@ -2,6 +2,8 @@ r"""Multi-resolution LookupViT on ImageNet-1k, trained as `in1k_vit_b.py` is.
 
     python -m lookup_vit.train --config=configs/in1k_lookup_b.py \
         --workdir=gs://BUCKET/in1k_lookup_b
+    python -m lookup_vit.dryrun --topology=v5e:8x16 \
+        --config=configs/in1k_lookup_b.py
 
 Arguments: `--config=configs/in1k_lookup_b.py:variant=L/16,res=384`, `runlocal`
 for a trial without ImageNet.

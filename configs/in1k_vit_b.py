@@ -7,6 +7,8 @@ blocks alone.
 
     python -m lookup_vit.train --config=configs/in1k_vit_b.py \
         --workdir=gs://BUCKET/in1k_vit_b
+    python -m lookup_vit.dryrun --topology=v5e:8x16 \
+        --config=configs/in1k_vit_b.py
 
 Arguments: `--config=configs/in1k_vit_b.py:variant=L/16,res=384,aug=strong1`,
 `runlocal` for a trial without ImageNet.
@@ -58,6 +60,7 @@ def get_config(arg=None):
     dtype="bfloat16",
     scan=True,
   )
+  common.fit_large(config)
 
   config.optax_name = "adamw"
   config.optax = dict(mu_dtype="bfloat16")

@@ -6,6 +6,8 @@ mean pooling.
 
     python -m lookup_vit.train --config=configs/in21k_vit_b.py \
         --workdir=gs://BUCKET/in21k_vit_b
+    python -m lookup_vit.dryrun --topology=v5e:8x16 \
+        --config=configs/in21k_vit_b.py
 
 Arguments: `--config=configs/in21k_vit_b.py:variant=L/16,release=fall11`,
 `runlocal` for a trial without ImageNet. The data are those of
@@ -71,6 +73,7 @@ def get_config(arg=None):
     dtype="bfloat16",
     scan=True,
   )
+  common.fit_large(config)
 
   config.optax_name = "adamw"
   config.optax = dict(mu_dtype="bfloat16")

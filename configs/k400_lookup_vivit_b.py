@@ -5,6 +5,10 @@ columns) are this repository's choice.
 
     python -m lookup_vit.train --config=configs/k400_lookup_vivit_b.py \
         --workdir=gs://BUCKET/k400_lookup_vivit_b
+    python -m lookup_vit.dryrun --topology=v5e:8x8 \
+        --config=configs/k400_lookup_vivit_b.py
+    python -m lookup_vit.dryrun --topology=v5e:8x8 \
+        --config=configs/k400_lookup_vivit_b.py:variant=L/2x16
 
 Arguments: `--config=configs/k400_lookup_vivit_b.py:variant=L/2x16,frames=64`,
 `runlocal` for a trial without Kinetics.

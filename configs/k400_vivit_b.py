@@ -10,6 +10,8 @@ one scale, and colours stay; evaluation sees one view of a video, the centre's.
 
     python -m lookup_vit.train --config=configs/k400_vivit_b.py \
         --workdir=gs://BUCKET/k400_vivit_b
+    python -m lookup_vit.dryrun --topology=v5e:8x8 \
+        --config=configs/k400_vivit_b.py
 
 Arguments: `--config=configs/k400_vivit_b.py:variant=L/2x16,res=320,frames=64`,
 `runlocal` for a trial without Kinetics. data/kinetics400/README.md says how to
@@ -58,6 +60,7 @@ def get_config(arg=None):
     # All attention weights of a clip are 236 MB a block.
     remat_policy="nothing_saveable",
   )
+  common.fit_large(config)
 
   config.optax_name = "sgd"
   config.optax = dict(momentum=0.9)

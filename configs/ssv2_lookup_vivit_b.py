@@ -5,6 +5,8 @@ columns) are this repository's choice.
 
     python -m lookup_vit.train --config=configs/ssv2_lookup_vivit_b.py \
         --workdir=gs://BUCKET/ssv2_lookup_vivit_b
+    python -m lookup_vit.dryrun --topology=v5e:4x8 \
+        --config=configs/ssv2_lookup_vivit_b.py
 
 Arguments: `--config=configs/ssv2_lookup_vivit_b.py:variant=L/2x16,frames=64`,
 `runlocal` for a trial without the videos.

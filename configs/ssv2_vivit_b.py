@@ -12,6 +12,8 @@ left and right; evaluation sees one view of a video, the centre's.
 
     python -m lookup_vit.train --config=configs/ssv2_vivit_b.py \
         --workdir=gs://BUCKET/ssv2_vivit_b
+    python -m lookup_vit.dryrun --topology=v5e:4x8 \
+        --config=configs/ssv2_vivit_b.py
 
 Arguments: `--config=configs/ssv2_vivit_b.py:variant=L/2x16,res=256,frames=16`,
 `runlocal` for a trial without the videos. data/something_something_v2/README.md
@@ -63,6 +65,7 @@ def get_config(arg=None):
     # All attention weights of a clip are 236 MB a block.
     remat_policy="nothing_saveable",
   )
+  common.fit_large(config)
 
   config.optax_name = "sgd"
   config.optax = dict(momentum=0.9)

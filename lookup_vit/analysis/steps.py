@@ -1,0 +1,329 @@
+"""The compiled steps of a config over any devices: memory, cost, collectives.
+
+Nothing is computed, and no data are read. Memory and collectives are those of
+the very steps that training runs. FLOPs and bytes are counted by XLA, which
+sees the body of a loop once, so they come from the difference of two models of
+small depth without loops.
+"""
+
+import concurrent.futures
+import contextlib
+import copy
+import dataclasses
+import functools
+import glob
+import math
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from lookup_vit import config_utils, parallel, train_step
+from lookup_vit.analysis import hlo
+
+# Batches that training puts on the devices ahead of their use.
+BATCHES_AHEAD = 2
+
+# Depths of the models whose difference is the cost of a block.
+_DEPTHS = (1, 2)
+
+# Of the compiler, for what it counts: FLOPs are the same.
+_LITTLE = -1.0
+
+# Examples of training splits; of Kinetics as many as its copies list.
+EXAMPLES = {
+  "imagenet2012": 1_281_167,
+  "data.imagenet21k/winter21": 13_151_276,
+  "data.imagenet21k/fall11": 14_197_122,
+  "data.kinetics400": 246_534,
+  "data.something_something_v2": 168_913,
+  "data.digits": 1_437,
+}
+
+
+@dataclasses.dataclass
+class Memory:
+  """Bytes of a chip's memory that a step wants.
+
+  Attributes:
+    parts: bytes by name; they add up to what is wanted.
+    largest: pairs of bytes and name of the largest buffers.
+    total: bytes in all. Where the compiler refused, its own sum.
+    refused: whether it did.
+    quick: whether this is of a quick compilation, and so about right.
+  """
+
+  parts: dict[str, float]
+  largest: list[tuple[float, str]]
+  total: float
+  refused: bool = False
+  quick: bool = False
+
+
+@dataclasses.dataclass
+class Step:
+  """A compiled step, of a chip; `cost` is None where it was not counted."""
+
+  kind: str
+  grid: Any
+  batch_size: int
+  memory: Memory
+  collectives: dict[str, hlo.Collectives]
+  cost: dict[str, float] | None = None
+
+  @property
+  def name(self) -> str:
+    """For people."""
+    grid = "" if self.grid is None else config_utils.format_grid(self.grid)
+    return f"{self.kind} step" + (f", grid {grid}" if grid else "")
+
+
+def num_examples(config: ml_collections.ConfigDict) -> float | None:
+  """Examples of the training split; None where they are not known here."""
+  data = config.input.data
+  total = EXAMPLES.get(data.get("module") or data.get("name"))
+  match = re.fullmatch(r"\w+(?:\[(\d*%?):(\d*%?)\])?", data.get("split") or "")
+  if total is None or not match:
+    return None
+
+  def place(text, default):
+    if not text:
+      return default
+    return total * int(text[:-1]) / 100 if text[-1] == "%" else int(text)
+
+  return min(place(match[2], total), total) - place(match[1], 0)
+
+
+def prepare(config: Any, grids: Sequence[Any] | None) -> Any:
+  """A resolved config for a dry run; data need not be here.
+
+  Raises:
+    ValueError: a field is wrong, or grids for a model that has none.
+  """
+  config = config_utils.resolve(config)
+  if config.num_classes is None:  # To be read off the data.
+    config.num_classes = 1000
+  if grids:
+    if config.grids is None and "grid" not in config.model:
+      model = train_step.build_model(config)
+      if not hasattr(model, "grid"):
+        raise ValueError(
+          f"--grid: model {config.model_name!r} has no compressed grid."
+        )
+    config.grids = [list(grid) for grid in grids]
+  return config
+
+
+def make_program(config: Any, devices: Sequence[Any]) -> train_step.Program:
+  """The program of a prepared config over devices.
+
+  Raises:
+    ValueError: the config cannot work, or not on so many devices.
+  """
+  # A million where it is not known: the schedule's length costs nothing.
+  examples = num_examples(config) or 1_000_000
+  steps = config_utils.total_steps(config, round(examples))
+  return train_step.Program(config, steps, devices)
+
+
+def eval_batch_size(config: Any) -> int:
+  """The largest batch of the evaluators; that of training without any."""
+  default = config.input.batch_size
+  sizes = [e.get("batch_size") or default for e in config.evals.values()]
+  return max(sizes, default=default)
+
+
+def lower(program: train_step.Program, kind: str, grid: Any) -> Any:
+  """The `train` or `evaluation` step for a grid, by shapes."""
+  config = program.config
+  size = config.input.batch_size
+  if kind == "evaluation":
+    size = eval_batch_size(config)
+    parallel.check_batch("config.evals.batch_size", size, program.mesh)
+  sharding = parallel.batch_sharding(program.mesh)
+  array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+  batch = {
+    "image": array((size, *config.input.image_size, 3), np.float32),
+    "label": array((size,), np.int32),
+  }
+  state = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    program.state_shapes,
+    program.state_shardings,
+  )
+  if kind == "train":
+    return program.update_step.lower(state, batch, grid)
+  batch["_mask"] = array((size,), np.float32)
+  return program.evaluation_step.lower(state.params, batch, grid)
+
+
+def held_bytes(program: train_step.Program) -> dict[str, dict[str, int]]:
+  """Bytes of a chip, by path, for each part of the state and for the batch."""
+  shapes, shardings = program.state_shapes, program.state_shardings
+  held = {}
+  for part in ("params", "opt_state", "ema"):
+    held[part] = {}
+    for (path, x), sharding in zip(
+      jax.tree.leaves_with_path(getattr(shapes, part)),
+      jax.tree.leaves(getattr(shardings, part)),
+      strict=True,
+    ):
+      keys = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
+      name = "/".join([part, *filter(None, keys)])
+      size = math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+      held[part][name] = held[part].get(name, 0) + size
+  config = program.config
+  local = config.input.batch_size // math.prod(
+    program.mesh.shape[axis] for axis in ("data", "fsdp")
+  )
+  image = local * math.prod(config.input.image_size) * 3 * 4
+  held["batch"] = {"batch/image": image, "batch/label": local * 4}
+  return held
+
+
+def measure(
+  program: train_step.Program, kind: str, grid: Any, quick: bool = False
+) -> Step:
+  """Compiles a step for its memory and its collectives.
+
+  Args:
+    program: of `make_program`.
+    kind: "train" or "evaluation".
+    grid: of the compressed tokens, or None.
+    quick: whether the compiler may take less trouble than it does for a run,
+      in a tenth of the time; its temporaries are then some percent off.
+  """
+  held = held_bytes(program)
+  sums = {part: sum(sizes.values()) for part, sizes in held.items()}
+  # Beside what a step is given: input that waits, and in evaluation the rest of
+  # the state.
+  given, rest = ["params", "opt_state", "ema", "batch"], []
+  size = program.config.input.batch_size
+  beside = "batches ahead"
+  if kind == "evaluation":
+    given, rest = ["params", "batch"], ["opt_state", "ema"]
+    size = eval_batch_size(program.config)
+    beside = "batches ahead, rest of the state"
+  beside_bytes = BATCHES_AHEAD * sums["batch"] + sum(sums[k] for k in rest)
+  lowered = lower(program, kind, grid)
+  with tempfile.TemporaryDirectory() as folder:
+    refusal = None
+    try:
+      with _effort(_LITTLE if quick else 0.0):
+        compiled = _compile(lowered, program, xla_dump_to=folder)
+      text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as e:
+      refusal = hlo.required_memory(str(e))
+      text = _largest_file(folder, "*after_optimizations.txt")
+    assignment = _largest_file(folder, "*buffer-assignment.txt")
+  largest = [(v, k) for part in given for k, v in held[part].items()]
+  largest += hlo.temporaries(assignment, text, 6)
+  if refusal is not None:
+    total, named = refusal
+    parts = {}
+    total += beside_bytes
+    largest = named or largest
+  else:
+    stats = compiled.memory_analysis()
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    parts = {
+      "arguments": stats.argument_size_in_bytes,
+      "outputs that are no arguments": outputs,
+      "temporaries": stats.temp_size_in_bytes,
+      "program": stats.generated_code_size_in_bytes,
+      beside: beside_bytes,
+    }
+    total = sum(parts.values())
+  largest = sorted(largest, reverse=True)[:6]
+  memory = Memory(parts, largest, total, refusal is not None, quick)
+  return Step(kind, grid, size, memory, hlo.collectives(text))
+
+
+def _largest_file(folder, pattern):
+  """The text of the largest that there is; XLA dumps small programs too."""
+  found = glob.glob(os.path.join(folder, pattern))
+  if not found:
+    return ""
+  with open(max(found, key=os.path.getsize)) as f:
+    return f.read()
+
+
+@contextlib.contextmanager
+def _effort(value):
+  """How much trouble the compiler takes, -1 to 1; 0 where one does not say."""
+  jax.config.update("jax_exec_time_optimization_effort", value)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
+
+
+def count(
+  config: Any, devices: Sequence[Any], kind: str, grid: Any
+) -> dict[str, float]:
+  """FLOPs and bytes of a chip in a step, by XLA's count of small depths.
+
+  Returns:
+    `flops` and `bytes accessed`.
+  """
+  config = copy.deepcopy(config)
+  accum = config.grad_accum_steps if kind == "train" else 1
+  if accum > 1:
+    # Accumulation is a loop too: its body is counted by itself, where mixing
+    # would want more examples than are left.
+    config.input.batch_size //= accum
+    config.grad_accum_steps = 1
+    config.mixup.p = config.cutmix.p = 0.0
+  depth = train_step.build_model(config).depth
+
+  def of_depth(n):
+    small = copy.deepcopy(config)
+    small.model.scan, small.model.depth = False, n
+    program = make_program(small, devices)
+    return _xla_count(_compile(lower(program, kind, grid), program))
+
+  with _effort(_LITTLE):
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+      one, two = pool.map(of_depth, _DEPTHS)
+    update = _count_update(make_program(config, devices)) if accum > 1 else {}
+  a, b = _DEPTHS
+  total = {k: one[k] + (two[k] - one[k]) * (depth - a) / (b - a) for k in one}
+  if accum > 1:
+    total = {k: accum * total[k] - (accum - 1) * update[k] for k in total}
+  return total
+
+
+def _compile(lowered, program, **options):
+  if program.mesh.devices.flat[0].platform == "cpu":
+    # It will not run: no time is spent on machine code. Of what is looked at
+    # here this changes nothing.
+    options["xla_backend_optimization_level"] = 0
+    options["xla_llvm_disable_expensive_passes"] = True
+  return lowered.compile(compiler_options=options)
+
+
+def _xla_count(compiled):
+  analysis = compiled.cost_analysis()
+  return {k: float(analysis[k]) for k in ("flops", "bytes accessed")}
+
+
+def _count_update(program):
+  """Of the optimizer alone."""
+
+  def update(state, grads):
+    updates, opt_state = program.tx.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p + u, state.params, updates)
+    return params, opt_state
+
+  state = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    program.state_shapes,
+    program.state_shardings,
+  )
+  lowered = jax.jit(update).lower(state, state.params)
+  return _xla_count(_compile(lowered, program))
