@@ -1,6 +1,9 @@
 """Running a program: flags, logs and errors as a person wants them."""
 
+import glob
+import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +51,7 @@ def run(main: Callable[[Any], Any], takes_command: bool = False) -> None:
 
   def guarded(argv):
     setup_logging(_debug())
+    _leave_out_tpu()
     try:
       main(argv)
     except _USER_ERRORS as e:
@@ -60,6 +64,24 @@ def run(main: Callable[[Any], Any], takes_command: bool = False) -> None:
       _fail(text)
 
   app.run(guarded, flags_parser=parse)
+
+
+def has_tpu() -> bool:
+  """Whether TPU chips, and the library for them, are on this machine."""
+  # The library alone is not enough: dry runs have it on any machine.
+  chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+  return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def _leave_out_tpu():
+  # The library would be tried, and would complain that there is no TPU.
+  has_library = importlib.util.find_spec("libtpu") is not None
+  has_cuda = importlib.util.find_spec("jax_cuda12_plugin") is not None
+  is_set = os.environ.get("JAX_PLATFORMS")
+  if not has_library or has_tpu() or has_cuda or is_set:
+    return
+  if "jax" in sys.modules:
+    sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
 def _debug():

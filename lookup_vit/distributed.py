@@ -1,7 +1,5 @@
 """Several processes: how they find each other, and how they leave together."""
 
-import glob
-import importlib.util
 import itertools
 import logging
 import os
@@ -11,6 +9,8 @@ import threading
 import jax
 from absl import flags
 from orbax.checkpoint import utils as ocp_utils
+
+from lookup_vit import cli
 
 log = logging.getLogger("lookup_vit")
 
@@ -95,7 +95,7 @@ def initialize(
   ):
     if seconds < 1:
       raise ValueError(f"--{name}={seconds}: want >= 1.")
-  if missing and not _on_tpu() and not _in_slurm_step():
+  if missing and not cli.has_tpu() and not _in_slurm_step():
     if stops:
       signal.signal(signal.SIGTERM, lambda *_: _told_to_stop.set())
     return
@@ -129,13 +129,6 @@ def initialize_by_flags(stops: bool = False) -> None:
     values.heartbeat_timeout,
     stops,
   )
-
-
-def _on_tpu() -> bool:
-  # The library alone is not enough: dry runs have it on any machine.
-  chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-  has_library = importlib.util.find_spec("libtpu") is not None
-  return bool(chips) and has_library
 
 
 def _in_slurm_step() -> bool:
