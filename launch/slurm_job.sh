@@ -14,7 +14,8 @@ status=0
 # A task that has saved must not end those that are about to. Without binding,
 # the input pipeline has all cores.
 srun --kill-on-bad-exit=0 --cpu-bind=none "$@" || status=$?
-if [ "$status" -eq 75 ]; then
+# 143: told to stop before it could save anything.
+if [ "$status" -eq 75 ] || [ "$status" -eq 143 ]; then
   echo "Preempted; back into the queue: job $SLURM_JOB_ID"
   scontrol requeue "$SLURM_JOB_ID" && exit 0
 fi

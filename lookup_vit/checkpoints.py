@@ -172,6 +172,11 @@ class Checkpoints:
   def restore_params(self, step: int, sharding: Any = None) -> Any:
     """The parameters of a step, the Polyak average where there is one.
 
+    Args:
+      step: one of `steps()`.
+      sharding: of all of them, or a tree of shardings; by default, of the first
+        device.
+
     Raises:
       DamagedCheckpointError: it cannot be read, or not as it was written.
     """
@@ -181,7 +186,9 @@ class Checkpoints:
     name = "ema" if has_ema else "params"
     try:
       tree = self._manager.item_metadata(step)[name].tree
-      targets = jax.tree.map(lambda x: _target(x, sharding), tree)
+      if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda x: sharding, tree)
+      targets = jax.tree.map(_target, tree, sharding)
     except (MemoryError, PermissionError):
       raise
     except Exception as e:  # Orbax raises many kinds.

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -365,3 +366,18 @@ def parse_grid(text: str) -> tuple[int, ...]:
 def format_grid(grid) -> str:
   """`(5, 5)` to `"5x5"`."""
   return "x".join(str(g) for g in grid)
+
+
+def parse_mesh(text: str) -> list[tuple[str, int]]:
+  """`"data=-1,tensor=4"` to `[("data", -1), ("tensor", 4)]`.
+
+  Raises:
+    ValueError: the text is not of that form.
+  """
+  axes = []
+  for part in text.split(","):
+    match = re.fullmatch(r"(\w+)=(-?\d+)", part)
+    if not match:
+      raise ValueError(f"A mesh is written data=-1,tensor=4, not {text!r}.")
+    axes.append((match[1], int(match[2])))
+  return axes

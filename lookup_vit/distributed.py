@@ -2,6 +2,7 @@
 
 import glob
 import importlib.util
+import itertools
 import logging
 import os
 import signal
@@ -14,17 +15,23 @@ from orbax.checkpoint import utils as ocp_utils
 log = logging.getLogger("lookup_vit")
 
 _told_to_stop = threading.Event()
+_calls = itertools.count(1)
+
+
+class Preempted(Exception):
+  """The processes were told to stop."""
 
 
 def define_flags() -> None:
   """Flags of the programs that run on several hosts."""
   flags.DEFINE_string(
-    "coordinator_address",
-    None,
-    "HOST:PORT of process 0, for several processes.",
+    "coordinator_address", None, "HOST:PORT of process 0, of several."
   )
   flags.DEFINE_integer("num_processes", None, "How many processes there are.")
   flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+  flags.DEFINE_integer(
+    "join_timeout", 300, "Seconds in which all processes have to be there."
+  )
   flags.DEFINE_integer(
     "heartbeat_timeout",
     100,
@@ -36,21 +43,26 @@ def initialize(
   coordinator_address: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
+  join_timeout: int = 300,
   heartbeat_timeout: int = 100,
+  stops: bool = False,
 ) -> None:
   """Joins the other processes; call it once, before anything of JAX.
 
   Where the first three are not given, they are read off a Cloud TPU slice or
   SLURM (several tasks of a step); elsewhere this process is alone. Processes
-  but the first log errors only. From here on SIGTERM does not end the process,
-  but makes `preempted` true.
+  but the first log errors only. Where not all processes join, or one is lost,
+  JAX aborts the others.
 
   Args:
     coordinator_address: HOST:PORT of process 0.
     num_processes: how many there are.
     process_id: which of them this is.
+    join_timeout: seconds in which all of them have to be there.
     heartbeat_timeout: seconds after which a process that is silent counts as
-      lost. The others are then aborted.
+      lost.
+    stops: whether SIGTERM from here on does not end the process but makes
+      `preempted` true.
 
   Raises:
     ValueError: only some of the first three are given, or they do not fit.
@@ -77,26 +89,45 @@ def initialize(
         f"--process_id={process_id}: want 0 <= id < "
         f"--num_processes={num_processes}."
       )
-  if heartbeat_timeout < 1:
-    raise ValueError(f"--heartbeat_timeout={heartbeat_timeout}: want >= 1.")
+  for name, seconds in (
+    ("join_timeout", join_timeout),
+    ("heartbeat_timeout", heartbeat_timeout),
+  ):
+    if seconds < 1:
+      raise ValueError(f"--{name}={seconds}: want >= 1.")
   if missing and not _on_tpu() and not _in_slurm_step():
-    signal.signal(signal.SIGTERM, lambda *_: _told_to_stop.set())
+    if stops:
+      signal.signal(signal.SIGTERM, lambda *_: _told_to_stop.set())
     return
+  if not stops:
+    jax.config.update("jax_enable_preemption_service", False)
+  if num_processes is not None:
+    log.info(
+      "Process %d waits for all %d to join at %s, at most %d s.",
+      process_id,
+      num_processes,
+      coordinator_address,
+      join_timeout,
+    )
   jax.distributed.initialize(
-    **given, heartbeat_timeout_seconds=heartbeat_timeout
+    **given,
+    initialization_timeout=join_timeout,
+    heartbeat_timeout_seconds=heartbeat_timeout,
   )
   if jax.process_index() != 0:
     log.setLevel(logging.ERROR)
 
 
-def initialize_by_flags() -> None:
+def initialize_by_flags(stops: bool = False) -> None:
   """As `initialize`, by the flags of `define_flags`."""
   values = flags.FLAGS
   initialize(
     values.coordinator_address,
     values.num_processes,
     values.process_id,
+    values.join_timeout,
     values.heartbeat_timeout,
+    stops,
   )
 
 
@@ -113,15 +144,18 @@ def _in_slurm_step() -> bool:
   return in_step and int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
-def preempted(step: int) -> bool:
-  """Whether all processes are to save after this step, and to leave.
+def preempted() -> bool:
+  """Whether all processes are to save and leave now.
 
-  True on all of them at the same step, one that SIGTERM or a notice of the TPU
-  runtime to any of them is followed by. Call it at every step.
-
-  Args:
-    step: number of updates made.
+  SIGTERM, or a notice of the TPU runtime, to any process makes it true on all
+  of them at the same call. All call it equally often, at every step.
   """
   if jax.distributed.is_initialized():
-    return ocp_utils.reached_preemption(step)
+    return ocp_utils.reached_preemption(next(_calls))
   return _told_to_stop.is_set()
+
+
+def check() -> None:
+  """Raises Preempted where `preempted` is true."""
+  if preempted():
+    raise Preempted

@@ -28,7 +28,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from lookup_vit import cli, config_utils, train_step
+from lookup_vit import cli, config_utils, parallel, train_step
 from lookup_vit.analysis import chips, fit, steps
 
 FLAGS = flags.FLAGS
@@ -299,6 +299,7 @@ def main(argv):
     if FLAGS.memory_gib is not None:
       room = min(room, FLAGS.memory_gib * 2**30)
     grids = [config_utils.parse_grid(g) for g in FLAGS.grid or ()]
+    parallel.lay_out_by_flags(FLAGS.config)
     fits = run(FLAGS.config, FLAGS.topology, grids, room)
   if not fits:
     sys.exit(DOES_NOT_FIT)
@@ -312,4 +313,5 @@ if __name__ == "__main__":
     "memory_gib", None, "Of a chip, where less than all of it can be used."
   )
   flags.DEFINE_bool("all", False, "A table of all configs.")
+  parallel.define_flags()
   cli.run(main)

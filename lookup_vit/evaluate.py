@@ -4,6 +4,7 @@ python -m lookup_vit.evaluate --workdir=workdirs/digits_lookup
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +25,10 @@ FLAGS = flags.FLAGS
 
 
 def evaluate(
-  workdir: str, step: int | None = None, batch_size: int | None = None
+  workdir: str,
+  step: int | None = None,
+  batch_size: int | None = None,
+  lay_out: Callable[[Any], None] = lambda config: None,
 ) -> list[dict[str, Any]]:
   """Runs the evaluators of a work directory's config on a checkpoint.
 
@@ -32,6 +36,8 @@ def evaluate(
     workdir: of a training run.
     step: of a checkpoint; the newest where none is given.
     batch_size: global; that of the config where none is given.
+    lay_out: sets `mesh` and `sharding` of the config; by default parameters are
+      whole on every device, and batches are split over all of them.
 
   Returns:
     The rows of results (see `analysis.summary.results`), which are written to
@@ -45,7 +51,8 @@ def evaluate(
   if not config.evals:
     raise ValueError(f"The config of {workdir} names no evaluators.")
   # The devices that are here, not those of the training.
-  config.mesh, config.sharding = [["data", -1]], "replicated"
+  config.mesh, config.sharding = [("data", -1)], "replicated"
+  lay_out(config)
   if batch_size is not None:
     # What only an update would need of a batch is not asked of this one.
     config.grad_accum_steps = 1
@@ -56,7 +63,7 @@ def evaluate(
   program = train_step.Program(config, config.total_steps)
   evaluators = train.make_evaluators(program, config.evals)
   params, step, _ = checkpoints.load_params(
-    workdir, step, parallel.replicated(program.mesh)
+    workdir, step, program.state_shardings.params
   )
   metrics = {}
   for evaluator, _ in evaluators.values():
@@ -73,7 +80,8 @@ def main(argv):
   """Evaluates by the flags and prints the table."""
   del argv
   distributed.initialize_by_flags()
-  rows = evaluate(FLAGS.workdir, FLAGS.step, FLAGS.batch_size)
+  lay_out = parallel.lay_out_by_flags
+  rows = evaluate(FLAGS.workdir, FLAGS.step, FLAGS.batch_size, lay_out)
   if jax.process_index() == 0:
     print(accuracy_vs_flops.table(rows))
 
@@ -83,4 +91,5 @@ if __name__ == "__main__":
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
   flags.DEFINE_integer("batch_size", None, "The config's if not set.")
   distributed.define_flags()
+  parallel.define_flags()
   cli.run(main)

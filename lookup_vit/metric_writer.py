@@ -45,6 +45,13 @@ class MetricWriter:
     self._summaries.close()
 
 
+def names(workdir: str, step: int) -> set[str]:
+  """Names of the values that a work directory has of a step."""
+  if not (config_utils.workdir_path(workdir) / _FILE).exists():
+    return set()
+  return {name for row in read(workdir) if row["step"] == step for name in row}
+
+
 def read(workdir: str) -> list[dict[str, float | str]]:
   """The lines of `metrics.jsonl`; a last line cut off in writing is dropped."""
   rows = []

@@ -19,8 +19,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import ml_collections
 import numpy as np
+from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lookup_vit import config_utils
 
 AXES = ("data", "fsdp", "tensor")
 _BATCH = ("data", "fsdp")
@@ -89,6 +93,29 @@ def make_mesh(
       "host, which all have the same examples."
     )
   return Mesh(np.asarray(devices).reshape(shape), AXES)
+
+
+def define_flags() -> None:
+  """Flags of the programs that run on many devices."""
+  flags.DEFINE_string(
+    "mesh", None, "Axes of the mesh, data=-1,tensor=4; the config's if not set."
+  )
+  flags.DEFINE_string("sharding", None, "Strategy; the config's if not set.")
+
+
+def lay_out_by_flags(config: ml_collections.ConfigDict) -> None:
+  """Sets `config.mesh` and `config.sharding` to what the flags say, if set.
+
+  Raises:
+    ValueError: the mesh cannot be read.
+  """
+  values = flags.FLAGS
+  with config.unlocked():
+    if values.mesh is not None:
+      with config_utils.at_fault("--mesh"):
+        config.mesh = config_utils.parse_mesh(values.mesh)
+    if values.sharding is not None:
+      config.sharding = values.sharding
 
 
 def rules(strategy: str) -> tuple[tuple[str, Any], ...]:
@@ -162,15 +189,20 @@ def param_shardings(params: Any, mesh: Mesh, strategy: str) -> Any:
     name = "/".join(key.key for key in path)
     names = next(n for r, n in _PARAMETERS if re.fullmatch(f"(.*/)?{r}", name))
     names = (None,) * (len(x.shape) - len(names)) + names
-    fits = [
-      name
-      if all(size % mesh.shape[a] == 0 for n, a in table if n == name)
-      else None
-      for name, size in zip(names, x.shape, strict=True)
-    ]
-    return NamedSharding(mesh, nn.logical_to_mesh_axes(fits, table))
+    return _sharding(names, x.shape, mesh, table)
 
   return jax.tree.map_with_path(one, params)
+
+
+def _sharding(names, shape, mesh, table):
+  sizes = dict(zip(names, shape, strict=True))
+  fits = [
+    (name, axis)
+    for name, axis in table
+    if name in sizes and sizes[name] % mesh.shape[axis] == 0
+  ]
+  spec = nn.logical_to_mesh_axes(names, fits)
+  return NamedSharding(mesh, spec)
 
 
 def state_shardings(state: Any, mesh: Mesh, strategy: str) -> Any:
@@ -182,8 +214,9 @@ def state_shardings(state: Any, mesh: Mesh, strategy: str) -> Any:
     strategy: a key of `STRATEGIES`.
 
   Returns:
-    A tree like `state` of shardings. What is of no parameter's shape, such as
-    counts and Adafactor's factors, is on every device.
+    A tree like `state` of shardings. What is kept for a parameter but has
+    another shape, such as Adafactor's factors, is split by its last dimension,
+    where that can be; the rest, such as counts, is on every device.
   """
   shardings = param_shardings(state.params, mesh, strategy)
   known = {
@@ -201,6 +234,9 @@ def state_shardings(state: Any, mesh: Mesh, strategy: str) -> Any:
       shape, sharding = known.get(names[start:], (None, None))
       if shape == x.shape:
         return sharding
+      if shape is not None and x.ndim:
+        last = (*[None] * (x.ndim - 1), "embed")
+        return _sharding(last, x.shape, mesh, rules(strategy))
     return replicated(mesh)
 
   return jax.tree.map_with_path(one, state)

@@ -11,7 +11,7 @@ import itertools
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -93,6 +93,7 @@ def train_and_evaluate(
   state = restore_or_init(program, store)
   start = int(state.step)
   checkpoints.write_config(workdir, config)
+  measured = metric_writer.names(workdir, start)
   writer = None
   if jax.process_index() == 0:
     writer = metric_writer.MetricWriter(workdir, start)
@@ -111,7 +112,10 @@ def train_and_evaluate(
   wait = input_wait.InputWait()
   progress = Progress(program, writer, store, wait, start, total_steps)
   batches = prefetch(make_dataset(config, start), program.mesh)
+  saved = start
   try:
+    due = due_after_restart(evaluators, start, total_steps, measured)
+    metrics = evaluate(due, state, start, writer, measured)
     for step in range(start, total_steps):
       grid = train_step.draw_grid(program.grids, config.seed, step)
       with wait.fetching():
@@ -122,24 +126,24 @@ def train_and_evaluate(
       last = step + 1 == total_steps
       due = due_evaluators(evaluators, step + 1, last)
       save = last or (step + 1) % config.ckpt_steps == 0
-      leave = distributed.preempted(step + 1) and not last
+      leave = distributed.preempted() and not last
       if not due and not save and not leave:
         continue
       progress.flush()  # Nothing is saved that is not finite.
-      if leave:  # In a hurry.
+      if save or leave:
         store.save(step + 1, state)
-        store.wait()
-      # Before saving, so that a run that continues from here lacks no metrics.
-      metrics = evaluate(due, state, step + 1, writer)
+        saved = step + 1
       if leave:
-        log.info("Told to stop: saved step %d, to continue there.", step + 1)
-        sys.exit(cli.PREEMPTED)
-      if save:
-        store.save(step + 1, state)
+        raise distributed.Preempted
+      metrics = evaluate(due, state, step + 1, writer)
       progress.restart_clock(step + 1)
-    if start == total_steps:  # Trained before.
-      due = due_evaluators(evaluators, start, True)
-      metrics = evaluate(due, state, start, None)
+  except distributed.Preempted:
+    step = int(state.step)
+    if saved != step:  # In an evaluation.
+      store.save(step, state)
+    store.wait()
+    log.info("Told to stop: saved step %d, to continue there.", step)
+    sys.exit(cli.PREEMPTED)
   finally:
     wait.close()
     store.close()
@@ -254,17 +258,53 @@ def due_evaluators(
   }
 
 
+def due_after_restart(
+  evaluators: dict[str, Any],
+  start: int,
+  total_steps: int,
+  measured: Collection[str],
+) -> dict[str, Any]:
+  """The evaluators to run before training goes on.
+
+  A run may have ended between saving and evaluating; and a finished one shows
+  its results again.
+  """
+  last = start == total_steps
+  if not start:
+    return {}
+  return {
+    name: evaluator
+    for name, evaluator in due_evaluators(evaluators, start, last).items()
+    if last or not any(other.startswith(f"{name}/") for other in measured)
+  }
+
+
 def evaluate(
   evaluators: dict[str, Any],
   state: train_step.TrainState,
   step: int,
   writer: metric_writer.MetricWriter | None,
+  measured: Collection[str] = (),
 ) -> dict[str, float]:
-  """Runs evaluators, on the Polyak average where there is one."""
+  """Runs evaluators, on the Polyak average where there is one.
+
+  Args:
+    evaluators: by name.
+    state: what to evaluate.
+    step: of the state.
+    writer: None on processes that do not write.
+    measured: names of metrics of this step that were written before.
+
+  Returns:
+    The metrics by name.
+
+  Raises:
+    Preempted: the processes were told to stop.
+  """
   params = state.params if state.ema is None else state.ema
   metrics = {}
   for evaluator in evaluators.values():
-    found = dict(evaluator.run(params))
+    found = dict(evaluator.run(params, distributed.check))
     top1 = [
       f"{k.removesuffix('/top1')} {v:.2%}"
       for k, v in found.items()
@@ -272,8 +312,9 @@ def evaluate(
     ]
     log.info("step %d  top-1: %s", step, ", ".join(top1))
     metrics.update(found)
-  if metrics and writer:
-    writer.write(step, metrics)
+  new = {k: v for k, v in metrics.items() if k not in measured}
+  if new and writer:
+    writer.write(step, new)
   return metrics
 
 
@@ -381,7 +422,8 @@ def _images(evaluators, count=4):
 def main(argv):
   """Trains by the flags."""
   del argv
-  distributed.initialize_by_flags()
+  distributed.initialize_by_flags(stops=True)
+  parallel.lay_out_by_flags(FLAGS.config)
   train_and_evaluate(FLAGS.config, FLAGS.workdir)
 
 
@@ -390,4 +432,5 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Where the run is written.")
   flags.mark_flags_as_required(["config", "workdir"])
   distributed.define_flags()
+  parallel.define_flags()
   cli.run(main)

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
+from absl import flags
 from jax.sharding import PartitionSpec
 
 from lookup_vit import parallel
@@ -177,3 +179,24 @@ def test_strategies():
   parallel.check_tensor(mesh, "tensor", {"heads": 8})
   with pytest.raises(ValueError, match="tensor=4 does not divide 6 heads"):
     parallel.check_tensor(mesh, "fsdp_tensor", {"MLP": 8, "heads": 6})
+
+
+def test_flags_lay_out_a_config(monkeypatch):
+  values = flags.FlagValues()
+  monkeypatch.setattr(flags, "FLAGS", values)
+  define = flags.DEFINE_string
+  monkeypatch.setattr(
+    flags, "DEFINE_string", lambda *args: define(*args, flag_values=values)
+  )
+  parallel.define_flags()
+  values(["program"])
+  config = ml_collections.ConfigDict(dict(mesh=[("data", -1)])).lock()
+  parallel.lay_out_by_flags(config)
+  assert config.to_dict() == dict(mesh=[("data", -1)])
+  values(["program", "--mesh=fsdp=-1,tensor=2", "--sharding=fsdp_tensor"])
+  parallel.lay_out_by_flags(config)
+  mesh = [("fsdp", -1), ("tensor", 2)]
+  assert config.to_dict() == dict(mesh=mesh, sharding="fsdp_tensor")
+  values(["program", "--mesh=fsdp:8"])
+  with pytest.raises(ValueError, match="--mesh: .*data=-1,tensor=4, not 'fs"):
+    parallel.lay_out_by_flags(config)

@@ -104,6 +104,8 @@ from lookup_vit import train
 from tests import small
 config = small.config(
   grids=[(2, 2)],
+  total_steps=4,
+  input__batch_size=16,
   mixup=dict(p=0.2),
   cutmix=dict(p=1.0),
   model__dropout=0.0,
@@ -121,6 +123,8 @@ def test_four_devices_learn_and_evaluate_as_one(tmp_path):
   assert process.returncode == 0, err
   config = small.config(
     grids=[(2, 2)],
+    total_steps=4,
+    input__batch_size=16,
     mixup=dict(p=0.2),
     cutmix=dict(p=1.0),
     model__dropout=0.0,
@@ -141,13 +145,13 @@ def test_four_devices_learn_and_evaluate_as_one(tmp_path):
 
 def test_batch_against_device_count(tmp_path):
   code = _DEVICES.replace("config.evals.test.batch_size = 8", "").replace(
-    "model__dropout=0.0", "input__batch_size=10"
+    "input__batch_size=16", "input__batch_size=12"
   )
   process = _python("-c", code, str(tmp_path / "run"))
   _, err = process.communicate()
   assert process.returncode == 1
-  assert "config.input.batch_size=10" in err
-  assert "4 device" in err
+  assert "config.input.batch_size=12" in err
+  assert "4 device(s), in pairs for mixup or cutmix" in err
 
 
 _WITHOUT_TENSORFLOW = """

@@ -149,3 +149,44 @@ def test_bad_arguments(tmp_path):
     done = subprocess.run(command + arguments, capture_output=True, text=True)
     assert done.returncode == 1 and words in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_a_wrapper_started_is_told_too(tmp_path):
+  program = """
+import subprocess
+child = subprocess.Popen(["sleep", "1000"])
+with open("child", "w") as file: file.write(str(child.pid))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+say("ready")
+child.wait()
+"""
+  process = start(tmp_path, program)
+  assert process.stderr.readline() == "ready\n"
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=30)
+  child = int((tmp_path / "child").read_text())
+  with pytest.raises(ProcessLookupError):
+    for _ in range(100):  # Until it is reaped.
+      os.kill(child, 0)
+      time.sleep(0.1)
+
+
+def test_who_does_not_stop_is_killed(tmp_path):
+  program = "signal.signal(signal.SIGTERM, lambda *_: 0); say('ready')\n"
+  program += "while True: time.sleep(1)"
+  process = start(tmp_path, program, "--stop_timeout=1", "--restarts=3")
+  assert process.stderr.readline() == "ready\n"
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=30)
+  assert process.returncode == 128 + signal.SIGKILL
+  assert (
+    "Killed, as they did not end: process 0." in err and "was lost" not in err
+  )
+
+
+def test_it_goes_on_when_nobody_reads_its_errors(tmp_path):
+  program = "for _ in range(20_000): say('a line of some length')"
+  process = start(tmp_path, program)
+  process.stderr.readline()
+  process.stderr.close()
+  assert process.wait(timeout=60) == 0

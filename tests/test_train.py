@@ -1,5 +1,6 @@
 """Whole runs: training, what it logs and leaves, and where it must stop."""
 
+import copy
 import json
 import os
 
@@ -13,6 +14,7 @@ import tensorflow as tf
 from lookup_vit import (
   checkpoints,
   config_utils,
+  distributed,
   evaluate,
   metric_writer,
   train,
@@ -33,6 +35,7 @@ def run(tmp_path_factory):
     ckpt_keep=2,
     ckpt_keep_every=4,
   )
+  config.evals.test.log_steps = 6
   return config, workdir, train.train_and_evaluate(config, workdir)
 
 
@@ -137,6 +140,40 @@ def test_a_run_cut_short_continues_to_the_same_bits(run, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again, state)
   steps = [r["step"] for r in metric_writer.read(other) if "train/loss" in r]
   assert steps == list(range(1, 13))
+
+
+@pytest.mark.parametrize("log_steps, stopped", [(6, 6), (None, 12)])
+def test_told_to_stop_in_an_evaluation(
+  log_steps, stopped, run, tmp_path, monkeypatch
+):
+  """At the step that the evaluation was of; the next start repeats it."""
+  config, workdir, state = run
+  config = copy.deepcopy(config)
+  config.evals.test.log_steps = log_steps
+  other = str(tmp_path / "run")
+
+  def check():
+    raise distributed.Preempted
+
+  with monkeypatch.context() as patch:
+    patch.setattr(distributed, "check", check)
+    with pytest.raises(SystemExit) as e:
+      train.train_and_evaluate(config, other)
+  assert e.value.code == 75
+  assert checkpoints.load_params(other)[1] == stopped
+  assert not evaluations(other)
+  again = train.train_and_evaluate(config, other)
+  jax.tree.map(np.testing.assert_array_equal, again, state)
+  want = [row for row in evaluations(workdir) if row["step"] >= stopped]
+  assert [row["step"] for row in want] == [6, 12][-len(want) :]
+  assert evaluations(other) == want
+  # And a finished run is not written to.
+  train.train_and_evaluate(config, other)
+  assert evaluations(other) == want
+
+
+def evaluations(workdir):
+  return [r for r in metric_writer.read(workdir) if "train/loss" not in r]
 
 
 def test_mixture_of_data_sets(tmp_path):

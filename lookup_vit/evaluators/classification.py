@@ -1,6 +1,6 @@
 """Top-1, top-5 and loss over a whole split, at every compressed grid."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -86,10 +86,21 @@ class Evaluator:
     """This process's batches of NumPy arrays, padding marked in `_mask`."""
     return iter(self.dataset)
 
-  def run(self, params: Any) -> Iterator[tuple[str, float]]:
-    """Evaluates parameters; yields names and values."""
+  def run(
+    self, params: Any, check: Callable[[], None] = lambda: None
+  ) -> Iterator[tuple[str, float]]:
+    """Evaluates parameters.
+
+    Args:
+      params: of the model.
+      check: called for each batch; what it raises ends the evaluation.
+
+    Yields:
+      Names and values.
+    """
     totals = {grid: {} for grid in self.grids}
     for batch in self.batches():
+      check()
       batch = parallel.put_batch(batch, self.program.mesh)
       for grid, total in totals.items():
         sums = jax.device_get(self.program.evaluation_step(params, batch, grid))
