@@ -233,7 +233,7 @@ def temporaries(
 
 def _short(op_name: str) -> str:
   """The end of an origin, without the names of transformations."""
-  if op_name.endswith("while/body/dynamic_update_slice"):
+  if op_name.endswith("/dynamic_update_slice"):  # Of a loop.
     return "kept of each block"
   backward = "transpose(" in op_name
   skip = r"jit\(\w*\)|while|body|closed_call|checkpoint|rematted_computation"
