@@ -529,7 +529,8 @@ def test_pod_of_a_terminal_that_closes(machine, pod):
   process.stdout.close()
   process.stderr.close()
   os.killpg(process.pid, signal.SIGHUP)
-  assert process.wait(timeout=60) == 129
+  # Which of the hang-up and the broken pipe is first, is chance.
+  assert process.wait(timeout=60) in (129, 141)
   assert machine.steps() == ["create", *ATTEMPT, "stop", "delete"]
   assert machine.slices() == {}
   log = machine.repo / "build/launch/my-pod.log"

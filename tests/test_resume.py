@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pathlib
 import random
 import re
 import shutil
@@ -285,7 +286,9 @@ def test_lost_process_is_named_and_the_run_goes_on(
     supervisor = subprocess.Popen(
       command, stderr=stderr, stdout=subprocess.DEVNULL
     )
-  while run.last_step() < 5:
+  # Until there is something to continue from.
+  saved = pathlib.Path(run.workdir, "checkpoints")
+  while not any(path.name.isdigit() for path in saved.glob("*")):
     assert supervisor.poll() is None, (tmp_path / "stderr").read_text()
     time.sleep(0.01)
   [lost] = [
