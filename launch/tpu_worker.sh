@@ -8,6 +8,7 @@
 #        bash launch/tpu_worker.sh stop
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/common.sh
 record="$HOME/lookup_vit_run" # Holds: run, pid, status, log.
 mkdir -p "$record"
 touch "$record/log"
@@ -24,9 +25,11 @@ find_python() {
   python3 -m uv python find --system 3.11
 }
 
+number="" # Of this worker.
 is_first() {
-  local number key=instance/attributes/agent-worker-number
-  number="$(curl -sf --max-time 10 -H 'Metadata-Flavor: Google' \
+  local key=instance/attributes/agent-worker-number
+  [ -n "$number" ] || number="$(curl -sf --max-time 10 \
+    -H 'Metadata-Flavor: Google' \
     "http://metadata.google.internal/computeMetadata/v1/$key")" || number=0
   [ "$number" = 0 ]
 }
@@ -77,6 +80,11 @@ follow() {
   is_first || file=/dev/null
   tail --lines="$lines" --follow --sleep-interval=0.2 --pid="$pid" "$file"
   status="$(cat "$record/status" 2> /dev/null || echo 137)"
+  # Worker 0 knows the step; those that were not lost first, JAX ends by SIGABRT.
+  case "$status" in
+    0 | 1 | 2 | 75 | 126 | 127) ;;
+    *) say_lost "worker $number, on $HOSTNAME," "$status" "$record/log" ;;
+  esac
   [ "$status" -ne 1 ] || status=64
   exit "$status"
 }

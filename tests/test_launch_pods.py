@@ -20,7 +20,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # Slices: {name: [state, label]}. Plan: what becomes of each attempt in turn; a
-# status, or {"preempt": STATE}, or a name of a call and how it ends.
+# status, or one for each worker, or {"preempt": STATE}, or a name of a call and
+# how it ends.
 GCLOUD = f"""#!{sys.executable} -IS
 import json, os, sys, time
 root = os.environ["FAKE"]
@@ -93,7 +94,8 @@ if verb == "ssh":
     entry = plan.pop(0)
     save()
     outcomes = {{"hang": "hang", "lost": "hang", "reconnect": "slow"}}
-    env["OUTCOME"] = str(entry) if isinstance(entry, int) else (
+    env["OUTCOME"] = (
+      str(entry) if isinstance(entry, int | list) else
       "134" if isinstance(entry, dict) else outcomes[entry])
   def connect(*limit):
     return workers(lambda i, home: subprocess.Popen(
@@ -130,6 +132,11 @@ elif [ "$1 $2" = "-m lookup_vit.train" ]; then
       for _ in {1..300}; do sleep 0.1; done
       ;;
     slow) sleep 1.5; echo "worker $WORKER is done" ;;
+    "["*)
+      [ "$WORKER" -gt 0 ] || echo "10:00:00  step 7/20  loss 1" >&2
+      read -ra each <<< "${OUTCOME//[^0-9]/ }"
+      exit "${each[$WORKER]}"
+      ;;
     *) exit "$OUTCOME" ;;
   esac
 fi
@@ -146,7 +153,16 @@ with open(os.environ["FAKE"] + "/calls", "a") as f:
   f.write(json.dumps([name, *sys.argv[1:]]) + "\\n")
 if name == "srun":
   print("devices", devices)
-  sys.exit(int(os.environ["OUTCOME"]))
+  now, *later = os.environ["OUTCOME"].split(",")
+  left = os.environ["FAKE"] + "/later"
+  if os.path.exists(left):
+    now, *later = open(left).read().split(",")
+  else:
+    with open("workdirs/slurm-77.log", "w") as f:
+      print("10:00:00  step 7/20  loss 1", file=f)
+  if later:
+    open(left, "w").write(",".join(later))
+  sys.exit(int(now))
 if name == "scontrol":
   sys.exit(int(os.environ.get("SCONTROL", 0)))
 if name == "nvidia-smi":
@@ -229,7 +245,7 @@ class Machine:
     tools = self.path / "tools"
     if not tools.exists():
       tools.mkdir()
-      names = "bash cat cksum cp date dirname git gzip mkdir rm seq setsid"
+      names = "awk bash cat cksum cp date dirname git gzip mkdir rm seq setsid"
       for name in (*names.split(), "sleep", "tar", "timeout", "env"):
         (tools / name).symlink_to(shutil.which(name))
     return tools
@@ -461,6 +477,19 @@ def test_pod_runs_again(machine, pod):
   assert result.stdout == "worker 0 trains\n" * 3
 
 
+def test_pod_says_which_worker_was_lost(machine, pod):
+  """And at which step; not at that of an earlier attempt."""
+  result = pod(plan=[[134, 137], 131, 0])
+  assert result.returncode == 0, result.stderr
+  lost = [f"worker {i}, on {os.uname().nodename}, was lost" for i in range(2)]
+  for line in (
+    f"{lost[0]} after step 7/20: it ended by SIGABRT",
+    f"{lost[1]}: it ended by SIGKILL",
+    f"{lost[0]}: it ended by SIGQUIT",
+  ):
+    assert result.stderr.count(line + "\n") == 1
+
+
 @pytest.mark.parametrize(
   "plan, status",
   [([75, 134, 0], 134), ([134, {"preempt": "PREEMPTED"}, 0], 75)],
@@ -641,6 +670,7 @@ WRONG = [
   ("tpu_pod.sh", (*POD, "--", *TRAIN), "no gcloud"),
   ("slurm.sh", ("--nodes=0", "--", *TRAIN), "--nodes"),
   ("slurm.sh", ("--gpus-per-node=x", "--", *TRAIN), "--gpus-per-node"),
+  ("slurm.sh", ("--restarts=x", "--", *TRAIN), "--restarts"),
   ("slurm.sh", ("--fast", "--", *TRAIN), "--fast"),
   ("slurm.sh", ("--nodes=2",), "want a command after --"),
   ("slurm.sh", ("--", *TRAIN), "no sbatch"),
@@ -754,10 +784,26 @@ def test_slurm(gpus):
 
 @pytest.mark.parametrize("status", [0, 1, 75, 137])
 def test_slurm_requeues_after_preemption_only(gpus, status):
-  result = gpus("slurm.sh", "--", *TRAIN, OUTCOME=str(status))
+  result = gpus("slurm.sh", "--restarts=0", "--", *TRAIN, OUTCOME=str(status))
   requeued = [["scontrol", "requeue", "77"]] if status == 75 else []
   assert gpus.calls("scontrol") == requeued
   assert result.returncode == (0 if status == 75 else status)
+
+
+def test_slurm_runs_again(gpus):
+  """After a crash, of which it says the step; as often as allowed."""
+  result = gpus("slurm.sh", "--restarts=1", "--", *TRAIN, OUTCOME="137,134,0")
+  assert result.returncode == 134
+  assert len(gpus.calls("srun")) == 2
+  assert not gpus.calls("scontrol")
+  assert "The run was lost after step 7/20: it ended by SIGKILL" in (
+    result.stderr
+  )
+  (gpus.path / "later").unlink()
+  result = gpus("slurm.sh", "--", *TRAIN, OUTCOME="137,75")
+  assert result.returncode == 0, result.stderr
+  assert len(gpus.calls("srun")) == 2
+  assert len(gpus.calls("scontrol")) == 1
 
 
 def test_slurm_cannot_requeue(gpus):
