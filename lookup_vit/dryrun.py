@@ -223,10 +223,8 @@ def table_row(config: Any, topology: str) -> tuple[list[str], bool]:
   devices = chips.devices(topology)
   config = steps.prepare(config, None)
   program = steps.make_program(config, devices)
-  grid = max(program.grids, key=lambda g: math.prod(g or (1,)))
-  both = [
-    steps.measure(program, kind, grid) for kind in ("train", "evaluation")
-  ]
+  grid = max(program.grids, key=tokens_of)
+  both = [steps.measure(program, kind, grid) for kind in KINDS]
   step = both[0]
   step.cost = steps.count(config, devices, "train", grid)
   memory = max(s.memory.total for s in both)
