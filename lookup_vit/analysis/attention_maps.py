@@ -1,6 +1,7 @@
-"""Which lookup tokens each compressed token reads, drawn over the input."""
+"""Which lookup tokens compressed tokens read, drawn over images and clips."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +26,8 @@ def attention(
   Args:
     program: a LookupViT's.
     params: its parameters.
-    images: `[batch, height, width, 3]` in [-1, 1].
+    images: `[batch, height, width, 3]` in [-1, 1], or clips `[batch, time,
+      height, width, 3]`.
     grid: the compressed grid, of `m` tokens.
 
   Returns:
@@ -86,6 +88,106 @@ def write(
     f"({config_utils.format_grid(grid)}) reads",
     fontsize=9,
   )
+  _save(figure, path)
+
+
+def evenly_spaced(grid: tokens.Grid, count: int) -> list[tokens.Grid]:
+  """Places of `count` compressed tokens, spread over the grid in its order."""
+  total = math.prod(grid)
+  count = min(count, total)
+  flat = [(2 * i + 1) * total // (2 * count) for i in range(count)]
+  return [tuple(map(int, np.unravel_index(i, grid))) for i in flat]
+
+
+def write_clips(
+  path: str,
+  program: Program,
+  params: Any,
+  clips: np.ndarray,
+  grid: tokens.Grid,
+  chosen: Sequence[tokens.Grid] | None = None,
+) -> None:
+  """Draws compressed tokens' attention over space and time.
+
+  A column for each slice of the lookup grid in time. For each clip a row of
+  the frames in the middle of the slices, and below it a row for each chosen
+  token, bright where it reads, on one scale over all its slices. A frame marks
+  the token's own part of the clip.
+
+  Args:
+    path: the PNG to write.
+    program: a LookupViT's, over clips.
+    params: its parameters.
+    clips: `[batch, time, height, width, 3]` in [-1, 1].
+    grid: the compressed grid (time, rows, columns).
+    chosen: places of compressed tokens; four of them where none are given.
+
+  Raises:
+    ValueError: a place that is not in the grid.
+  """
+  chosen = evenly_spaced(grid, 4) if chosen is None else list(chosen)
+  for place in chosen:
+    if len(place) != len(grid) or not all(
+      0 <= p < g for p, g in zip(place, grid, strict=True)
+    ):
+      raise ValueError(f"There is no compressed token {place} in {grid}.")
+  maps = attention(program, params, clips, grid)
+  maps = maps.reshape(len(clips), *grid, *maps.shape[2:])
+  slices = maps.shape[4]
+  tubelet = clips.shape[1] // slices
+  height, width = clips.shape[2:4]
+  rows = len(chosen) + 1
+  figure, axes = plt.subplots(
+    len(clips) * rows,
+    slices,
+    figsize=(0.9 * slices + 0.6, 0.95 * rows * len(clips) + 0.6),
+    squeeze=False,
+    layout="constrained",
+  )
+  extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+  for i, (clip, clip_maps) in enumerate(zip(clips, maps, strict=True)):
+    frames = np.clip((clip[tubelet // 2 :: tubelet] + 1) / 2, 0, 1)
+    for row, place in enumerate([None, *chosen]):
+      for t, axis in enumerate(axes[i * rows + row]):
+        axis.set_xticks([])
+        axis.set_yticks([])
+        if place is None:
+          axis.imshow(frames[t])
+          axis.set_title(f"t={t * tubelet}", fontsize=7)
+          continue
+        one = clip_maps[place]
+        axis.imshow(frames[t].mean(-1), cmap="gray")
+        axis.imshow(
+          one[t],
+          cmap="inferno",
+          alpha=0.6,
+          extent=extent,
+          vmin=0,
+          vmax=one.max(),
+        )
+        (first, last), (top, bottom), (left, right) = (
+          (p * n / g, (p + 1) * n / g)
+          for p, g, n in zip(place, grid, (slices, height, width), strict=True)
+        )
+        if first - 1 < t < last:
+          corner = (left - 0.5, top - 0.5)
+          axis.add_patch(
+            plt.Rectangle(
+              corner, right - left, bottom - top, fill=False, color="w"
+            )
+          )
+      axes[i * rows + row, 0].set_ylabel(
+        "input" if place is None else str(place), fontsize=7
+      )
+  figure.suptitle(
+    "Last block: lookup tokens that compressed tokens "
+    f"(of {config_utils.format_grid(grid)}) read, over time",
+    fontsize=9,
+  )
+  _save(figure, path)
+
+
+def _save(figure, path):
   with epath.Path(path).open("wb") as f:
     figure.savefig(f, dpi=150, format="png")
   plt.close(figure)

@@ -29,8 +29,8 @@ def write(
     program: the model and its config.
     metrics: what the evaluators found, by name.
     params: the parameters that were evaluated.
-    images: `[batch, height, width, 3]` in [-1, 1], for the attention maps; of
-      clips, `[batch, time, height, width, 3]`, none are drawn.
+    images: `[batch, height, width, 3]` or clips `[batch, time, height, width,
+      3]` in [-1, 1], for the attention maps; None for no maps.
   """
   rows = results(program, metrics)
   folder = config_utils.workdir_path(workdir)
@@ -40,15 +40,13 @@ def write(
     accuracy_vs_flops.plot(rows, folder / "accuracy_vs_flops.png")
   # Only one process is here: it computes by itself.
   params = jax.device_get(params)
-  is_2d = images is not None and images.ndim == 4
-  if program.grids[0] is not None and is_2d:
-    attention_maps.write(
-      folder / "attention_maps.png",
-      program,
-      params,
-      images,
-      grid=min(program.grids, key=np.prod),
-    )
+  if program.grids[0] is not None and images is not None:
+    path = folder / "attention_maps.png"
+    grid = min(program.grids, key=np.prod)
+    if images.ndim == 4:
+      attention_maps.write(path, program, params, images, grid=grid)
+    else:
+      attention_maps.write_clips(path, program, params, images[:2], grid=grid)
 
 
 def results(

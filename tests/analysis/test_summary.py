@@ -160,8 +160,6 @@ def test_no_table_without_top1(write, program):
   "name, images",
   [
     ("lookup_vit", None),
-    # A clip.
-    ("lookup_vit", IMAGES[:, None]),
     # There is no grid whose maps one could draw.
     ("vit", IMAGES),
   ],
