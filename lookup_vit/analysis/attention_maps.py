@@ -180,8 +180,8 @@ def write_clips(
         "input" if place is None else str(place), fontsize=7
       )
   figure.suptitle(
-    "Last block: lookup tokens that compressed tokens "
-    f"(of {config_utils.format_grid(grid)}) read, over time",
+    "Last block: lookup tokens that\ncompressed tokens "
+    f"({config_utils.format_grid(grid)}) read over time",
     fontsize=9,
   )
   _save(figure, path)
