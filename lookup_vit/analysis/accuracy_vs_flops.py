@@ -41,7 +41,8 @@ def table(rows: Sequence[Row]) -> str:
   """Rows of results as a table, in Markdown.
 
   GFLOPs count a multiply-add as two; LookupViT's `compressed` and `lookup`
-  are the top-1 of its heads, `top-1` that of their mean.
+  are the top-1 of its heads, `top-1` that of their mean. A model that was
+  trained at a single grid says so.
   """
   lines = [
     "| model | grid | split | GFLOPs | parameters (M) | top-1 (%) | "
@@ -54,11 +55,17 @@ def table(rows: Sequence[Row]) -> str:
       for name in ("top1", "top1_compressed", "top1_lookup")
     ]
     lines.append(
-      f"| {_NAMES.get(r['model'], r['model'])} {r['variant']} | "
+      f"| {_name(r)} | "
       f"{r['grid'] or '-'} | {r['split']} | {_gflops(r)} | "
       f"{r['parameters'] / 1e6:.2f} | {' | '.join(tops)} |"
     )
   return "\n".join(lines)
+
+
+def _name(row):
+  """Of the model: its kind, variant, and whether it saw one grid alone."""
+  name = f"{_NAMES.get(row['model'], row['model'])} {row['variant']}"
+  return name + ", one grid" * (len(row.get("trained_grids", ())) == 1)
 
 
 def _gflops(row):
@@ -69,23 +76,25 @@ def _gflops(row):
 def over_seeds(rows: Sequence[Row]) -> str:
   """A table of mean and spread over runs that differ in their seed.
 
-  Rows of the same model, variant, grid and split are one row: mean of the
-  top-1, its standard deviation (of a sample: over n - 1), lowest and highest.
+  Rows of the same model, grids of training, grid and split are one row: mean
+  of the top-1, its standard deviation (of a sample: over n - 1), lowest and
+  highest.
   """
   groups: dict[tuple[Any, ...], list[Row]] = {}
   for r in rows:
-    key = tuple(r[k] for k in ("model", "variant", "grid", "split"))
+    trained = tuple(r.get("trained_grids", ()))
+    key = (_name(r), trained, r["grid"], r["split"])
     groups.setdefault(key, []).append(r)
   lines = [
     "| model | grid | GFLOPs | parameters (M) | runs | top-1 (%), mean | "
     "std | range |",
     "|---|---|---|---|---|---|---|---|",
   ]
-  for (model, variant, grid, _), group in groups.items():
+  for (name, _, grid, _), group in groups.items():
     top1 = 100 * np.array([r["top1"] for r in group])
     std = f"{top1.std(ddof=1):.2f}" if len(top1) > 1 else "-"
     lines.append(
-      f"| {_NAMES.get(model, model)} {variant} | {grid or '-'} | "
+      f"| {name} | {grid or '-'} | "
       f"{_gflops(group[0])} | {group[0]['parameters'] / 1e6:.2f} | "
       f"{len(top1)} | {top1.mean():.2f} | {std} | "
       f"{top1.min():.2f} to {top1.max():.2f} |"
@@ -94,24 +103,29 @@ def over_seeds(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: str) -> None:
-  """Draws top-1 over GFLOPs, a line for each model and split, as a PNG."""
+  """Draws top-1 over GFLOPs as a PNG.
+
+  A line for each model and split; runs that were trained at a single grid each
+  are a dashed one.
+  """
   figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-  series: dict[tuple[str, str, str], list[Row]] = {}
+  series: dict[str, list[Row]] = {}
   for r in rows:
     if "top1" in r:
-      series.setdefault((r["model"], r["variant"], r["split"]), []).append(r)
-  for (model, variant, split), points in series.items():
+      series.setdefault(f"{_name(r)}, {r['split']}", []).append(r)
+  for label, points in series.items():
     points = sorted(points, key=lambda r: r["gflops"])
+    single = len(points[0].get("trained_grids", ())) == 1
     x = [r["gflops"] for r in points]
     y = [100 * r["top1"] for r in points]
-    label = f"{_NAMES.get(model, model)} {variant}, {split}"
-    axes.plot(x, y, "o-" if len(x) > 1 else "s", label=label)
+    style = "s--" if single else "o-"
+    axes.plot(x, y, style if len(x) > 1 else "s", label=label)
     for r, a, b in zip(points, x, y, strict=True):
       if r["grid"]:
         axes.annotate(
           r["grid"], (a, b), (0, 6), textcoords="offset points", ha="center"
         )
-  axes.set_xlabel("GFLOPs for an image (multiply-add = 2)")
+  axes.set_xlabel("GFLOPs for an image or clip (multiply-add = 2)")
   axes.set_ylabel("top-1 (%)")
   axes.set_xlim(left=0)
   axes.margins(y=0.2)

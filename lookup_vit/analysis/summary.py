@@ -54,6 +54,7 @@ def results(
 ) -> list[dict[str, Any]]:
   """A row for each evaluator and grid: cost, and its metrics by name."""
   config = program.config
+  trained = [config_utils.format_grid(g) for g in program.grids if g]
   rows = []
   grouped: dict[tuple[str, str | None], dict[str, float]] = {}
   for name, value in metrics.items():
@@ -70,6 +71,7 @@ def results(
         "model": config.model_name,
         "variant": _variant(config.model),
         "grid": grid,
+        "trained_grids": trained,
         "split": evaluator,
         "parameters": costs[grid].params,
         "gflops": costs[grid].xla_flops / 1e9,

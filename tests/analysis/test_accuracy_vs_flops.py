@@ -87,6 +87,30 @@ def test_plot(tmp_path, monkeypatch):
   assert len(colours) > 50 and np.mean(image) > 200
 
 
+def test_plot_of_single_runs(tmp_path, monkeypatch):
+  """Those of one grid each are a line of their own, beside the run of many."""
+  figures = []
+  monkeypatch.setattr(accuracy_vs_flops.plt, "close", figures.append)
+  many = [dict(r, trained_grids=["3x3", "5x5"]) for r in ROWS[:2]]
+  alone = [dict(r, trained_grids=[r["grid"]], top1=0.75) for r in ROWS[:2]]
+  path = str(tmp_path / "plot.png")
+  accuracy_vs_flops.plot([*alone, *many], path)
+  monkeypatch.undo()
+  lines = {
+    line.get_label(): (line.get_linestyle(), list(line.get_ydata()))
+    for line in figures[0].axes[0].lines
+  }
+  assert lines == {
+    "LookupViT Ti/4, test": ("-", [70.0, 81.0]),
+    "LookupViT Ti/4, one grid, test": ("--", [75.0, 75.0]),
+  }
+  accuracy_vs_flops.plt.close(figures[0])
+  # Nor are they averaged with it.
+  text = accuracy_vs_flops.over_seeds([*alone, *many])
+  assert text.count("| 1 |") == 4
+  assert "Ti/4, one grid |" in accuracy_vs_flops.table(alone)
+
+
 def test_read(tmp_path):
   path = tmp_path / "results.json"
   with pytest.raises(ValueError, match="no results.json") as e:

@@ -54,6 +54,7 @@ def test_results_by_evaluator_and_grid(program):
       model="lookup_vit",
       variant="mu/8 (depth 2)",
       grid=grid,
+      trained_grids=["2x2", "1x3"],
       split=split,
       parameters=cost.params,
       gflops=cost.xla_flops / 1e9,
@@ -75,6 +76,7 @@ def test_results_without_a_grid():
     model="vit",
     variant="mu/8",
     grid=None,
+    trained_grids=[],
     parameters=cost.params,
     gflops=cost.xla_flops / 1e9,
   )
