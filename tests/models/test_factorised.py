@@ -18,14 +18,16 @@ make = functools.partial(common.make, "factorised", "Ti/2x4")
 # Against the reference.
 
 CASES = {
-  "vit": ((6, 8, 12), {}),
-  "vit, map": (
+  "vit": ((6, 12, 8), dict(variant="Ti/2x4", depth=1)),
+  "vit, scan": (
     (4, 12, 6),
-    dict(variant="Ti/2x4x3", depth=1, temporal_depth=1, pool="map"),
-  ),
-  "vit, tok, scan": (
-    (6, 8, 12),
-    dict(pool="tok", qk_norm=True, scan=True, remat_policy="dots_saveable"),
+    dict(
+      variant="Ti/2x4x3",
+      pool="tok",
+      qk_norm=True,
+      scan=True,
+      remat_policy="dots_saveable",
+    ),
   ),
   "lookup_vit": (
     (10, 12, 8),
