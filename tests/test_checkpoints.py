@@ -206,7 +206,7 @@ def factorised_run(run, tmp_path_factory):
   workdir = str(tmp_path_factory.mktemp("factorised"))
   config = small.config(
     model_name="factorised",
-    model=_FACTORISED | dict(scan=True, dropout=0.1),
+    model=_FACTORISED | dict(scan=True),
     grids=[(1, 3)],
     input__image_size=(4, 32, 32),
     input__pp=f"{_TO_CLIP}|keep('image','label')",
