@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from lookup_vit import config_utils
-from lookup_vit.models import layers
+from lookup_vit.models import inflation, layers
 
 log = logging.getLogger("lookup_vit")
 
@@ -264,19 +264,27 @@ def load_params(workdir: str, step: int | None = None, sharding: Any = None):
 
 
 def init_from(
-  spec: str, params: Any, depth_scan: bool, sharding: Any = None
+  spec: str,
+  params: Any,
+  depth_scan: bool,
+  sharding: Any = None,
+  inflate: str = "central",
+  scale: float = 1.0,
 ) -> Any:
   """Parameters that start from another run's checkpoint (`config.model_init`).
 
   Blocks are converted between the layouts of scan and loop, positions resized
   (linearly) where the grids differ; heads keep their fresh values where the
-  shapes differ. What was not loaded is logged.
+  shapes differ. For a video model, those of an image model are inflated
+  (`models/inflation.py`). What was not loaded is logged.
 
   Args:
     spec: `WORKDIR` or `WORKDIR:STEP`.
     params: freshly initialised parameters.
     depth_scan: whether the model scans over its blocks.
     sharding: to read the checkpoint with; of the first device by default.
+    inflate: `config.model_init_inflation`.
+    scale: of `inflation.contextualisation_scale`, for the model.
 
   Raises:
     ValueError: no such checkpoint, or parameters that do not fit: names and
@@ -293,17 +301,22 @@ def init_from(
     convert(jax.tree.map(np.asarray, source)), sep="/"
   )
   target = traverse_util.flatten_dict(params, sep="/")
+  try:
+    fitted, new = inflation.inflate(source, target, inflate, scale)
+  except ValueError as e:
+    raise ValueError(f"config.model_init={spec!r}: {e}") from None
+  inflated, source = fitted is not source, fitted
   wrong, fresh, resized = [], [], []
   result = {}
   for name, value in target.items():
     got = source.pop(name, None)
     if got is not None and got.shape == value.shape:
       result[name] = got.astype(value.dtype)
-    elif name.startswith("head"):
+    elif name.startswith("head") or name in new:
       result[name] = value
-      fresh.append(name)
+      fresh.append(name if name.startswith("head") else name.split("/")[0])
     elif (
-      name == "pos_embedding"
+      name.split("/")[-1] == "pos_embedding"
       and got is not None
       and (got.ndim, got.shape[-1]) == (value.ndim, value.shape[-1])
     ):
@@ -321,11 +334,18 @@ def init_from(
       + (f"; and {len(wrong) - 20} more." if len(wrong) > 20 else ".")
     )
   log.info("Started from %s, step %d.", workdir, step)
+  if inflated:
+    log.info(
+      "  Inflated from images to videos: patch kernel %s, contextualisation "
+      "kernels times %g.",
+      inflate,
+      scale,
+    )
   for what, names in (
     ("Resized", resized),
     ("Not loaded, freshly initialised", fresh),
     ("Not loaded, not in this model", list(source)),
   ):
     if names:
-      log.info("  %s: %s", what, ", ".join(names))
+      log.info("  %s: %s", what, ", ".join(dict.fromkeys(names)))
   return traverse_util.unflatten_dict(result, sep="/")

@@ -31,6 +31,8 @@ DEFAULTS = dict(
   model={},
   num_classes=None,
   model_init=None,  # work directory to start from, or WORKDIR:STEP
+  # Of a video model from an image model: "central" or "average".
+  model_init_inflation="central",
   grids=None,  # compressed grids to train on; None: the model's own
   # Task: a module of lookup_vit/tasks.
   task="classification",
@@ -114,6 +116,10 @@ _WANTED = {
   "model_name": _TEXT,
   "num_classes": _optional(_COUNT),
   "model_init": _optional(_TEXT),
+  "model_init_inflation": (
+    (lambda x: x in ("central", "average")),
+    "'central' or 'average'",
+  ),
   "grids": _optional(
     (
       (lambda x: _list_of(_GRID_OF_INTS)(x) and x),

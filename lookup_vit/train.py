@@ -32,6 +32,7 @@ from lookup_vit import (
   train_step,
 )
 from lookup_vit.analysis import summary
+from lookup_vit.models import inflation
 
 FLAGS = flags.FLAGS
 
@@ -208,11 +209,14 @@ def restore_or_init(
   state = program.init_state()
   if program.config.model_init is None:
     return state
+  config, model = program.config, program.model
   params = checkpoints.init_from(
-    program.config.model_init,
+    config.model_init,
     parallel.gather(state.params, program.mesh),
-    program.model.scan,
+    model.scan,
     parallel.replicated(program.mesh),
+    config.model_init_inflation,
+    inflation.contextualisation_scale(model, config.input.image_size),
   )
   return program.init_state(params)
 

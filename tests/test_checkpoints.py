@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lookup_vit import checkpoints, config_utils, train, train_step
-from lookup_vit.models import layers
+from lookup_vit.models import factorised, layers, lookup_vit
 from tests import small
 
 
@@ -178,3 +178,110 @@ def test_training_starts_from_model_init(run, tmp_path):
   with pytest.raises(ValueError, match=r"config\.model_init=.*nowhere"):
     train.train_and_evaluate(bad, str(tmp_path / "bad"))
   assert not os.path.exists(tmp_path / "bad" / "config.json")
+
+
+# From images to videos.
+
+_TO_CLIP = "decode|still_clip(4)|unfold_clip(4)|value_range(-1,1)"
+_FACTORISED = dict(
+  variant="mu/2x8", spatial="lookup_vit", depth=2, temporal_depth=1, grid=(2, 2)
+)
+
+
+class _NoCheckpoint:
+  """Of a new work directory."""
+
+  def steps(self):
+    return []
+
+
+def _shapes(model, *size):
+  images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+
+
+@pytest.fixture(scope="module")
+def factorised_run(run, tmp_path_factory):
+  """A step, of a rate of zero, from the images' run."""
+  workdir = str(tmp_path_factory.mktemp("factorised"))
+  config = small.config(
+    model_name="factorised",
+    model=_FACTORISED | dict(scan=True),
+    grids=[(1, 3)],
+    input__image_size=(4, 32, 32),
+    input__pp=f"{_TO_CLIP}|keep('image','label')",
+    model_init=run[1],
+    total_steps=1,
+    schedule=dict(warmup_steps=1),
+  )
+  config.evals.test.pp_fn = config.input.pp
+  return config, workdir, train.train_and_evaluate(config, workdir)
+
+
+def test_lookup_vivit_from_a_run_on_images(run, caplog):
+  config, workdir, state = run
+  video_config = small.config(
+    evals={},
+    model__variant="mu/2x8",
+    model__grid=(1, 2, 2),
+    grids=None,
+    input__image_size=(4, 32, 32),
+    model_init=workdir,
+    model_init_inflation="average",
+  )
+  program = train_step.Program(config_utils.resolve(video_config), 12)
+  checkpoints.log.propagate = True
+  with caplog.at_level("INFO"):
+    video = train.restore_or_init(program, _NoCheckpoint())
+  assert "patch kernel average" in caplog.text
+  assert "contextualisation kernels times 2" in caplog.text
+  images = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3))
+  model = train_step.build_model(config_utils.resolve(config))
+  want, _ = jax.jit(model.apply)({"params": state.params}, images)
+  clip = np.repeat(images[:, None], 4, axis=1)
+  got, _ = jax.jit(program.model.apply)({"params": video.params}, clip)
+  assert np.std(want) > 1e-3
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_factorised_from_a_run_on_images(run, factorised_run):
+  """A slice has what the image model had; the rest is as it was drawn."""
+  _, _, state = run
+  config, workdir, got = factorised_run
+  drawn = train_step.Program(config_utils.resolve(config), 1).init_state()
+  want = layers.stack_blocks(jax.tree.map(np.asarray, state.params))
+  kernel = np.zeros((2, 8, 8, 3, 32), np.float32)
+  kernel[1] = want["embedding"]["kernel"]  # Central, where one does not say.
+  want["embedding"]["kernel"] = kernel
+  del want["head_compressed"], want["head_lookup"]
+  want = drawn.params | {"spatial": want}
+  jax.tree.map(np.testing.assert_array_equal, got.params, want)
+  [row] = small.results(workdir)
+  assert row["grid"] == "1x3" and np.isfinite(row["loss"]) and row["gflops"] > 0
+
+
+def test_factorised_from_factorised(factorised_run):
+  """In another layout, for longer clips."""
+  _, workdir, state = factorised_run
+  target = _shapes(factorised.Model(10, **_FACTORISED), 8, 32, 32)
+  got = checkpoints.init_from(workdir, target, False)
+  want = layers.unstack_blocks(jax.tree.map(np.asarray, state.params))
+  for name in ("temporal_compressed", "temporal_lookup"):
+    assert got[name]["pos_embedding"].shape == (4, 32)
+    np.testing.assert_allclose(
+      got[name].pop("pos_embedding"),
+      jax.image.resize(want[name].pop("pos_embedding"), (4, 32), "linear"),
+    )
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_inflation_of_what_does_not_fit(run, factorised_run):
+  grid = dict(depth=2, grid=(2, 2, 2))
+  wide = _shapes(lookup_vit.Model(10, "mu/2x16", **grid), 4, 32, 32)
+  with pytest.raises(ValueError, match=r"config\.model_init=.*\(8, 8\)") as e:
+    checkpoints.init_from(run[1], wide, False)
+  assert "(2, 16, 16), in space" in str(e.value)
+  image = _shapes(lookup_vit.Model(10, "mu/8", depth=2, grid=(2, 2)), 32, 32)
+  with pytest.raises(ValueError, match=r"config\.model_init=.*\(8, 8\)") as e:
+    checkpoints.init_from(factorised_run[1], image, False)
+  assert "(2, 8, 8), for an image model" in str(e.value)

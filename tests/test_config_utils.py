@@ -147,6 +147,10 @@ def test_a_resolved_config_is_itself_after_json_and_after_resolve():
     (dict(total_epochs=3), ["total_steps", "total_epochs", "not both"]),
     (dict(total_steps=None), ["total_steps", "total_epochs", "not neither"]),
     (dict(ckpt_steps=0), ["config.ckpt_steps=0", "integer >= 1"]),
+    (
+      dict(model_init_inflation="middle"),
+      ["config.model_init_inflation='middle'", "'central' or 'average'"],
+    ),
     (dict(log_training_steps=1.5), ["config.log_training_steps=1.5"]),
     (dict(grad_accum_steps=None), ["config.grad_accum_steps is not set"]),
     (

@@ -42,7 +42,7 @@ def attention(
     return jnp.mean(out["attention"][-1], axis=1)
 
   maps = np.asarray(forward(params, images))
-  lookup_grid = tokens.lookup_grid(images.shape[1:-1], program.model.patch_size)
+  lookup_grid = program.model.lookup_grid(images.shape[1:-1])
   return maps.reshape(*maps.shape[:2], *lookup_grid)
 
 

@@ -37,7 +37,7 @@ def cost(model: Any, image_size: Sequence[int], grid: Any = None) -> Cost:
   """Counts a model's parameters and FLOPs, by shapes alone.
 
   Args:
-    model: a ViT or LookupViT.
+    model: a ViT, a LookupViT, or a factorised encoder with either.
     image_size: (rows, columns) or (time, rows, columns).
     grid: compressed grid; the model's own where none is given.
   """
@@ -65,29 +65,45 @@ def multiply_adds(
   With `N` lookup and `M` compressed tokens, width `D`, MLP ratios `p` and `r`:
   a ViT block has `(4 + 2p) N D^2 + 2 N^2 D`, a LookupViT block `((3 + 2r) N +
   (7 + 2p) M) D^2 + (3NM + 2M^2) D`. Added are the patch embedding and the
-  classifiers; resizing of grids, norms and mean pooling are left out.
+  classifiers; resizing of grids, norms and mean pooling are left out. A
+  factorised encoder has its blocks on each slice, and ViT blocks on the `T`
+  vectors of a clip, once for each head.
   (Without a classifier, XLA drops what only the lookup head of a LookupViT
   needs; the formula does not.)
   """
   lookup_grid = tokens.lookup_grid(image_size, model.patch_size)
   n, d = math.prod(lookup_grid), model.width
-  classes = model.num_classes or 0
   stem = n * math.prod(model.patch_size) * 3 * d
-  hidden = round(d * model.mlp_ratio)
+  heads = 2 if hasattr(model, "grid") else 1
+  rest = heads * (model.num_classes or 0) * d
+  slices = 1
+  if hasattr(model, "temporal_depth"):
+    slices = lookup_grid[0]
+    rest += heads * model.temporal_depth * _vit_block(model, slices)
+  return stem + slices * _encoder(model, n // slices, grid) + rest
+
+
+def _vit_block(model, n):
+  """Of `n` tokens."""
+  d, hidden = model.width, round(model.width * model.mlp_ratio)
+  return n * (4 * d * d + 2 * d * hidden) + 2 * n * n * d
+
+
+def _encoder(model, n, grid):
+  """From `n` tokens of patches to pooled tokens."""
+  d, hidden = model.width, round(model.width * model.mlp_ratio)
   if not hasattr(model, "grid"):
     n += model.pool == "tok"
-    block = n * (4 * d * d + 2 * d * hidden) + 2 * n * n * d
     pool = 0
     if model.pool == "map":
       pool = 2 * (n + 1) * d * d + 2 * n * d + 2 * d * hidden
-    return stem + model.depth * block + pool + classes * d
+    return model.depth * _vit_block(model, n) + pool
   m = math.prod(model.grid if grid is None else grid)
   gather = 2 * m * d * d + 2 * n * d * d + 2 * n * m * d
-  refine = m * (4 * d * d + 2 * d * hidden) + 2 * m * m * d
+  refine = _vit_block(model, m)
   back = (m + n) * d * d + n * m * d if model.reuse != "none" else 0
   lookup_mlp = 2 * n * d * round(d * model.lookup_mlp_ratio)
-  block = gather + refine + back + lookup_mlp
-  return stem + model.depth * block + 2 * classes * d
+  return model.depth * (gather + refine + back + lookup_mlp)
 
 
 def table(model: Any, image_size: Sequence[int], grids: Sequence[Any]) -> str:

@@ -75,7 +75,7 @@ class Evaluator:
     if not hasattr(model, "grid"):
       raise ValueError(f"{field}: the model has no compressed grid.")
     image_size = self.program.config.input.image_size
-    lookup_grid = tokens.lookup_grid(image_size, model.patch_size)
+    lookup_grid = model.lookup_grid(image_size)
     for grid in self.grids:
       try:
         tokens.check_grid(grid, lookup_grid)

@@ -316,8 +316,11 @@ def apply_blocks(
 
 
 def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
-  """Parameters of a loop over blocks, in the layout of a scan."""
-  params = dict(params)
+  """Parameters of a loop over blocks, in the layout of a scan.
+
+  Those of submodules too.
+  """
+  params = _of_submodules(stack_blocks, params)
   names = [f"encoderblock_{i}" for i in range(len(params))]
   blocks = [params.pop(n) for n in names if n in params]
   if blocks:
@@ -326,13 +329,23 @@ def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
-  """Parameters of a scan over blocks, in the layout of a loop."""
-  params = dict(params)
+  """Parameters of a scan over blocks, in the layout of a loop.
+
+  Those of submodules too.
+  """
+  params = _of_submodules(unstack_blocks, params)
   if "encoderblock" in params:
     stacked = params.pop("encoderblock")
     for i in range(len(jax.tree.leaves(stacked)[0])):
       params[f"encoderblock_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
   return params
+
+
+def _of_submodules(function, params):
+  return {
+    name: function(x) if isinstance(x, Mapping) else x
+    for name, x in params.items()
+  }
 
 
 def head(num_classes: int, bias: float, name: str) -> nn.Dense:

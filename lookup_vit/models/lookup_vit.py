@@ -17,6 +17,7 @@ No parameter depends on the compressed grid.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -125,6 +126,25 @@ class LookupViT(nn.Module):
   scan: bool = False
   remat_policy: str = "none"
 
+  @nn.nowrap
+  def lookup_grid(self, image_size: Sequence[int]) -> tokens.Grid:
+    """The grid that compressed grids are of the rank of, and no larger than.
+
+    Args:
+      image_size: (rows, columns) or (time, rows, columns) in pixels.
+
+    Raises:
+      ValueError: the patch does not fit.
+    """
+    return tokens.lookup_grid(image_size, self.patch_size)
+
+  @nn.nowrap
+  def tokenise(
+    self, images: Float[Array, "b *space 3"], cfg: layers.LayerConfig
+  ) -> tuple[Float[Array, "b n D"], tokens.Grid]:
+    """The lookup tokens and their grid, from inside `__call__`."""
+    return tokens.tokenise(images, self.width, self.patch_size, cfg.dtype)
+
   @nn.compact
   def __call__(
     self,
@@ -136,9 +156,7 @@ class LookupViT(nn.Module):
   ) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
     layers.check_width(self.width, self.num_heads)
     cfg = layers.LayerConfig.of(self, train, capture)
-    lookup, lookup_grid = tokens.tokenise(
-      images, self.width, self.patch_size, cfg.dtype
-    )
+    lookup, lookup_grid = self.tokenise(images, cfg)
     grid = tokens.check_grid(self.grid if grid is None else grid, lookup_grid)
     pos = tokens.positions(self, self.positions, lookup_grid, self.width)
     pos = pos.astype(cfg.dtype)
@@ -170,16 +188,27 @@ class LookupViT(nn.Module):
       x = layers.layer_norm(cfg, f"norm_{name}")(x)
       if "tokens" in capture:
         out[f"{name}_tokens"] = x
-      x = jnp.mean(x, axis=1, dtype=jnp.float32)
-      out[f"pre_logits_{name}"] = x
-      if self.num_classes is not None:
-        head = layers.head(
-          self.num_classes, self.head_bias_init, f"head_{name}"
-        )
-        out[f"logits_{name}"] = head(x)
-    if self.num_classes is None:
-      return out["pre_logits_compressed"], out
-    return (out["logits_compressed"] + out["logits_lookup"]) / 2, out
+      out[f"pre_logits_{name}"] = jnp.mean(x, axis=1, dtype=jnp.float32)
+    return classify(self, out)
+
+
+def classify(
+  model: nn.Module, out: dict[str, Any]
+) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
+  """Both classifiers on their pre-logits, from inside a compact module.
+
+  Returns:
+    The mean of the logits, and `out` with both; without classes, the compressed
+    pre-logits, and `out`.
+  """
+  if model.num_classes is None:
+    return out["pre_logits_compressed"], out
+  logits = {}
+  for name in ("compressed", "lookup"):
+    head = layers.head(model.num_classes, model.head_bias_init, f"head_{name}")
+    logits[f"logits_{name}"] = head(out[f"pre_logits_{name}"])
+  mean = (logits["logits_compressed"] + logits["logits_lookup"]) / 2
+  return mean, out | logits
 
 
 def Model(  # noqa: N802

@@ -70,6 +70,13 @@ class ViT(nn.Module):
   scan: bool = False
   remat_policy: str = "none"
 
+  @nn.nowrap
+  def tokenise(
+    self, images: Float[Array, "b *space 3"], cfg: layers.LayerConfig
+  ) -> tuple[Float[Array, "b n D"], tokens.Grid]:
+    """The tokens of the patches and their grid, from inside `__call__`."""
+    return tokens.tokenise(images, self.width, self.patch_size, cfg.dtype)
+
   @nn.compact
   def __call__(
     self,
@@ -82,7 +89,7 @@ class ViT(nn.Module):
       raise ValueError(f"pool={self.pool!r}: want 'gap', 'map' or 'tok'.")
     layers.check_width(self.width, self.num_heads)
     cfg = layers.LayerConfig.of(self, train, capture)
-    x, grid = tokens.tokenise(images, self.width, self.patch_size, cfg.dtype)
+    x, grid = self.tokenise(images, cfg)
     pos = tokens.positions(self, self.positions, grid, self.width)
     x = x + pos.astype(cfg.dtype)
     if self.pool == "tok":

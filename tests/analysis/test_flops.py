@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lookup_vit.analysis import flops
-from lookup_vit.models import lookup_vit, vit
+from lookup_vit.models import factorised, lookup_vit, vit
 
 ROOT = os.path.dirname(
   os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -70,6 +70,31 @@ def test_video(grid):
   check_count(flops.cost(model, size, grid))
 
 
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {},
+    dict(pool="tok", temporal_depth=1),
+    dict(spatial="lookup_vit", grid=(4, 3)),
+  ],
+)
+def test_factorised(fields):
+  model = factorised.Model(174, "B/2x16", depth=2, **fields)
+  check_count(flops.cost(model, (8, 96, 128)))
+  if "grid" in fields:
+    check_count(flops.cost(model, (8, 96, 128), (2, 5)))
+
+
+@pytest.mark.parametrize(
+  "make, gmac", [(vit.Model, 455.2), (factorised.Model, 284.4)]
+)
+def test_vivit_b16x2(make, gmac):
+  """Of 32 frames, as in ViViT's table 2 (arXiv:2103.15691)."""
+  cost = flops.cost(make(400, "B/2x16"), (32, 224, 224))
+  check_count(cost)
+  assert cost.xla_flops / 2e9 == pytest.approx(gmac, rel=0.01)
+
+
 # The formula against the sums in the paper's terms.
 
 
@@ -104,6 +129,30 @@ def test_formula(seed):
   block = (3 * n + 14 * m) * d**2 + (2 * n * m + 2 * m**2) * d
   got = flops.multiply_adds(model, size)
   assert got == stem + depth * block + 2 * classes * d
+
+
+def test_formula_of_a_factorised_encoder():
+  time, rows, columns, d, classes = 3, 4, 2, 24, 5
+  n = rows * columns
+  fields = dict(width=d, num_heads=3, depth=2, temporal_depth=6)
+  size = (2 * time, 8 * rows, 8 * columns)
+  stem = time * n * 2 * 8 * 8 * 3 * d
+
+  def vit_block(n):
+    return 12 * n * d**2 + 2 * n**2 * d
+
+  got = flops.multiply_adds(factorised.Model(classes, "B/2x8", **fields), size)
+  want = stem + 2 * time * vit_block(n) + 6 * vit_block(time) + classes * d
+  assert got == want
+
+  # A temporal encoder for each head.
+  model = factorised.Model(
+    classes, "B/2x8", "lookup_vit", grid=(1, 2), **fields
+  )
+  for grid, m in ((None, 2), ((3, 2), 6)):
+    block = (4 * n + 15 * m) * d**2 + (3 * n * m + 2 * m**2) * d
+    want = stem + 2 * time * block + 12 * vit_block(time) + 2 * classes * d
+    assert flops.multiply_adds(model, size, grid) == want
 
 
 def test_formula_without_a_classifier_and_with_a_class_token():

@@ -239,6 +239,22 @@ def test_errors(program, fields, words):
     assert word in str(e.value), str(e.value)
 
 
+def test_grids_of_a_factorised_encoder():
+  """They are those of a slice of the clip."""
+  program = make_program(
+    model_name="factorised",
+    model=dict(variant="mu/2x8", spatial="lookup_vit", grid=(2, 2)),
+    grids=None,
+    input=dict(data=DATA, pp=PP, image_size=(4, 32, 32), batch_size=4),
+  )
+  pp = "decode|still_clip(4)|unfold_clip(4)|value_range(-1,1)"
+  fields = dict(data=DATA, pp_fn=f"{pp}|keep('image','label')")
+  assert Evaluator(program, "val", **fields, grids=[(4, 1)]).grids == [(4, 1)]
+  for grid in ((5, 5), (2, 2, 2)):
+    with pytest.raises(ValueError, match=r"config.evals.val.grids.*\(4, 4\)"):
+      Evaluator(program, "val", **fields, grids=[grid])
+
+
 def test_grids_for_a_model_without():
   program = make_program(
     model_name="vit", model=dict(variant="mu/8"), grids=None

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lookup_vit.models import lookup_vit, vit
+from lookup_vit.models import factorised, lookup_vit, vit
 from tests.models import reference
 
 # All that a model can capture.
@@ -33,8 +33,10 @@ jit = functools.partial(
 
 
 def make(kind, variant="Ti/4", **fields):
-  """A small model of either kind, for seven classes."""
+  """A small model of any kind, for seven classes."""
   fields = dict(width=24, depth=2, num_heads=3) | fields
+  if kind == "factorised":
+    return factorised.Model(7, variant, **dict(temporal_depth=2) | fields)
   if kind == "vit":
     return vit.Model(7, variant, **fields)
   return lookup_vit.Model(7, variant, **dict(grid=(2, 3)) | fields)

@@ -218,6 +218,11 @@ def depth_of(params):
 def lookup_vit(spec, params, images):
   """All that the model can return, whatever is asked for."""
   lookup, grid = tokenise(spec, params["embedding"], images)
+  return lookup_heads(params, lookup_encoder(spec, params, lookup, grid))
+
+
+def lookup_encoder(spec, params, lookup, grid):
+  """From the patches' tokens to the pre-logits."""
   pos = positions(spec, params, grid, lookup.shape[-1])
   compressed = resize(lookup, grid, spec.grid) + resize(pos, grid, spec.grid)
   lookup = lookup + pos
@@ -234,11 +239,16 @@ def lookup_vit(spec, params, images):
     x = layer_norm(spec, params[f"norm_{name}"], x)
     out[f"{name}_tokens"] = x
     out[f"pre_logits_{name}"] = np.mean(x, axis=1)
-    if f"head_{name}" in params:
+  return out
+
+
+def lookup_heads(params, out):
+  """The logits beside the pre-logits, where the model has classes."""
+  if "head_lookup" in params:
+    for name in ("compressed", "lookup"):
       out[f"logits_{name}"] = linear(
         params[f"head_{name}"], out[f"pre_logits_{name}"]
       )
-  if "head_lookup" in params:
     out["logits"] = (out["logits_compressed"] + out["logits_lookup"]) / 2
   return out
 
@@ -254,9 +264,14 @@ def lookup_vit_loss(spec, params, images, labels):
 def vit(spec, params, images):
   """All that the model can return, whatever is asked for."""
   x, grid = tokenise(spec, params["embedding"], images)
+  return vit_head(params, vit_encoder(spec, params, x, grid))
+
+
+def vit_encoder(spec, params, x, grid):
+  """From the patches' tokens to the pre-logits."""
   x = x + positions(spec, params, grid, x.shape[-1])
   if spec.pool == "tok":
-    cls = params["cls"] + np.zeros((len(images), 1, 1))
+    cls = params["cls"] + np.zeros((len(x), 1, 1))
     x = np.concatenate([cls, x], axis=1)
   blocks = []
   for i in range(depth_of(params)):
@@ -277,16 +292,60 @@ def vit(spec, params, images):
     x = x[:, 0]
   else:
     p = params["map_head"]
-    probe = p["probe"] + np.zeros((len(images), 1, 1))
+    probe = p["probe"] + np.zeros((len(x), 1, 1))
     # The probe attends to the tokens without a norm or residual of its own.
     x, _ = attention(spec, p["attention"], probe, x)
     x = x + mlp(spec, p["mlp"], layer_norm(spec, p["norm_mlp"], x))
     x = x[:, 0]
   out["pre_logits"] = x
+  return out
+
+
+def vit_head(params, out):
+  """The logits beside the pre-logits, where the model has classes."""
   if "head" in params:
-    out["logits"] = linear(params["head"], x)
+    out["logits"] = linear(params["head"], out["pre_logits"])
   return out
 
 
 def vit_loss(spec, params, images, labels):
   return cross_entropy(vit(spec, params, images)["logits"], labels)
+
+
+def factorised(spec, params, videos):
+  """All that a factorised encoder can return: by slices, then over time."""
+  p = params["spatial"]
+  x, (time, *space) = tokenise(spec, p["embedding"], videos)
+  n = math.prod(space)
+  encode = vit_encoder if "temporal" in params else lookup_encoder
+  slices = [
+    encode(spec, p, x[:, i * n : (i + 1) * n], tuple(space))
+    for i in range(time)
+  ]
+  out = {}
+  for name in slices[0]:
+    each = [s[name] for s in slices]
+    if name == "attention_logit_max":
+      out[name] = np.max(np.stack(each), axis=0)
+    else:
+      blocks = name == "attention" or name.startswith("block_")
+      out[name] = np.stack(each, axis=2 if blocks else 1)
+  for name in params:
+    if name.startswith("temporal"):
+      suffix = name.removeprefix("temporal")
+      vectors = out.pop(f"pre_logits{suffix}")
+      over_time = dataclasses.replace(spec, pool="gap")
+      found = vit_encoder(over_time, params[name], vectors, (time,))
+      out[f"pre_logits{suffix}"] = found.pop("pre_logits")
+      largest = out["attention_logit_max"], found.pop("attention_logit_max")
+      out["attention_logit_max"] = np.concatenate(largest)
+      for k, v in found.items():
+        out[f"temporal_{k}{suffix}"] = v
+  return (vit_head if "temporal" in params else lookup_heads)(params, out)
+
+
+def factorised_loss(spec, params, videos, labels):
+  out = factorised(spec, params, videos)
+  heads = [v for k, v in out.items() if k.startswith("logits_")]
+  losses = [cross_entropy(x, labels) for x in heads or [out["logits"]]]
+  return sum(losses) / len(losses)

@@ -34,6 +34,11 @@ CASES = {
     (3, 1, 4),
     dict(variant="Ti/2x4", width=26, num_heads=2, positions="sincos"),
   ),
+  "weights, video, learned positions": (
+    (6, 8, 12),
+    (2, 1, 3),
+    dict(depth=1, variant="Ti/2x4"),
+  ),
   "weights, sequence": ((27,), (4,), dict(depth=1, patch_size=(3,))),
   "logits": (
     (24, 28),
