@@ -21,7 +21,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 FLAGS = flags.FLAGS
 
-_NAMES = {"vit": "ViT", "lookup_vit": "LookupViT"}
+_NAMES = {
+  "vit": "ViT",
+  "lookup_vit": "LookupViT",
+  "factorised": "Factorised encoder",
+}
 Row = Mapping[str, Any]
 
 

@@ -31,7 +31,8 @@ def attention(
     grid: the compressed grid, of `m` tokens.
 
   Returns:
-    `[batch, m, *lookup grid]`; each map sums to one.
+    `[batch, m, *lookup grid]`; each map sums to one. Of a factorised encoder,
+    `[batch, m, slices, *grid of a slice]`; each slice of a map does.
   """
 
   @jax.jit
@@ -39,11 +40,14 @@ def attention(
     _, out = program.apply(
       params, {"image": images}, grid, capture=("attention",)
     )
-    return jnp.mean(out["attention"][-1], axis=1)
+    return jnp.mean(out["attention"][-1], axis=-3)
 
   maps = np.asarray(forward(params, images))
   lookup_grid = program.model.lookup_grid(images.shape[1:-1])
-  return maps.reshape(*maps.shape[:2], *lookup_grid)
+  maps = maps.reshape(*maps.shape[:-1], *lookup_grid)
+  if len(lookup_grid) < images.ndim - 2:  # Of slices.
+    return np.moveaxis(maps, 1, 2)
+  return maps
 
 
 def write(
@@ -116,10 +120,11 @@ def write_clips(
 
   Args:
     path: the PNG to write.
-    program: a LookupViT's, over clips.
+    program: a LookupViT's, over clips, or a factorised encoder's.
     params: its parameters.
     clips: `[batch, time, height, width, 3]` in [-1, 1].
-    grid: the compressed grid (time, rows, columns).
+    grid: the compressed grid (time, rows, columns), or that of each slice
+      (rows, columns).
     chosen: places of compressed tokens; four of them where none are given.
 
   Raises:
@@ -132,8 +137,8 @@ def write_clips(
     ):
       raise ValueError(f"There is no compressed token {place} in {grid}.")
   maps = attention(program, params, clips, grid)
+  slices = maps.shape[2]
   maps = maps.reshape(len(clips), *grid, *maps.shape[2:])
-  slices = maps.shape[4]
   tubelet = clips.shape[1] // slices
   height, width = clips.shape[2:4]
   rows = len(chosen) + 1
@@ -165,9 +170,16 @@ def write_clips(
           vmin=0,
           vmax=one.max(),
         )
+        # A slice's own tokens are in all of its slices.
+        every = (0,) * (3 - len(grid))
         (first, last), (top, bottom), (left, right) = (
           (p * n / g, (p + 1) * n / g)
-          for p, g, n in zip(place, grid, (slices, height, width), strict=True)
+          for p, g, n in zip(
+            (*every, *place),
+            (*(1 for _ in every), *grid),
+            (slices, height, width),
+            strict=True,
+          )
         )
         if first - 1 < t < last:
           corner = (left - 0.5, top - 0.5)

@@ -82,7 +82,8 @@ def results(
 
 
 def _variant(fields):
-  """The variant, with what a config changes of its size."""
-  changed = [f"{k} {fields[k]}" for k in ("width", "depth") if k in fields]
+  """The variant, with what a config changes of its parts and size."""
+  names = ("spatial", "width", "depth")
+  changed = [f"{k} {fields[k]}" for k in names if k in fields]
   variant = fields.get("variant", "B/16")
   return f"{variant} ({', '.join(changed)})" if changed else variant

@@ -167,6 +167,49 @@ def test_write_clips(of_clips, tmp_path, monkeypatch):
   assert Image.open(path).size[0] == pytest.approx(150 * 3.3, abs=1)
 
 
+def test_clips_of_a_factorised_encoder(tmp_path):
+  """Each slice has maps of its own."""
+  program = train_step.Program(
+    config_utils.resolve(
+      dict(
+        model_name="factorised",
+        num_classes=3,
+        model=dict(
+          variant="mu/2x4",
+          spatial="lookup_vit",
+          depth=1,
+          temporal_depth=1,
+          grid=GRID,
+        ),
+        input=dict(pp="", image_size=CLIP, batch_size=4),
+        lr=1e-3,
+        total_steps=2,
+      )
+    ),
+    2,
+  )
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: (rng.standard_normal(x.shape) * 0.4).astype(np.float32),
+    program.state_shapes.params,
+  )
+  clips = rng.uniform(-1, 1, (2, *CLIP, 3)).astype(np.float32)
+  maps = attention_maps.attention(program, params, clips, GRID)
+  assert maps.shape == (2, 6, 3, 4, 6)
+  np.testing.assert_allclose(maps.sum((3, 4)), 1, 1e-5)
+  _, out = program.model.apply(
+    {"params": params}, clips, grid=GRID, capture=("attention",)
+  )
+  want = np.asarray(out["attention"], np.float64)[-1].mean(2)
+  for t in range(3):
+    np.testing.assert_allclose(
+      maps[:, :, t].reshape(2, 6, 24), want[:, t], 1e-4, 1e-6
+    )
+  path = tmp_path / "clips.png"
+  attention_maps.write_clips(str(path), program, params, clips, GRID)
+  assert path.stat().st_size > 1000
+
+
 def test_chosen_tokens(of_clips, tmp_path):
   program, params, clips = of_clips
   path = str(tmp_path / "clips.png")
