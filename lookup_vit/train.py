@@ -412,10 +412,11 @@ class Progress:
 
 
 def _images(evaluators, count=4):
-  """A few images of the first evaluator that has batches."""
+  """A few images of the first evaluator that has batches; a view of each."""
   for evaluator, _ in evaluators.values():
     for batch in itertools.islice(evaluator.batches(), 1):
-      return batch["image"][:count]
+      images = batch["image"][:count]
+      return images if evaluator.views == 1 else images[:, 0]
   return None
 
 
