@@ -24,6 +24,7 @@ from lookup_vit import (
   cli,
   config_utils,
   datasets,
+  descriptions,
   distributed,
   input_pipeline,
   input_wait,
@@ -71,7 +72,7 @@ def train_and_evaluate(
   train_step.build_model(config)
   data = config.input.data
   with config_utils.at_fault("config.input"):
-    sets = datasets.mixture(data)
+    sets = descriptions.mixture(data)
     num_examples = None
     if len(sets) == 1:
       num_examples = datasets.num_examples(sets[0][0])
