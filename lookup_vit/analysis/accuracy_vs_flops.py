@@ -40,9 +40,8 @@ def read(workdir: str) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
   """Rows of results as a table, in Markdown.
 
-  GFLOPs count a multiply-add as two, and are those of a view, times the views
-  where an example has several; LookupViT's `compressed` and `lookup` are the
-  top-1 of its heads, `top-1` that of their mean.
+  GFLOPs count a multiply-add as two; LookupViT's `compressed` and `lookup`
+  are the top-1 of its heads, `top-1` that of their mean.
   """
   lines = [
     "| model | grid | split | GFLOPs | parameters (M) | top-1 (%) | "
@@ -63,6 +62,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _gflops(row):
+  """Of a view, times the views where an example has several."""
   gflops, views = row["gflops"], row.get("views", 1)
   text = f"{gflops:.3f}" if gflops >= 1 else f"{gflops:.3g}"
   return text if views == 1 else f"{text} x {views}"
@@ -113,7 +113,7 @@ def plot(rows: Sequence[Row], path: str) -> None:
         axes.annotate(
           r["grid"], (a, b), (0, 6), textcoords="offset points", ha="center"
         )
-  axes.set_xlabel("GFLOPs for an image, or a view of it (multiply-add = 2)")
+  axes.set_xlabel("GFLOPs for an image or clip (multiply-add = 2)")
   axes.set_ylabel("top-1 (%)")
   axes.set_xlim(left=0)
   axes.margins(y=0.2)
