@@ -41,7 +41,7 @@ def get_config(arg=None):
     runlocal=False,
   )
   if arg.runlocal:
-    arg.variant, arg.res, arg.frames = "mu/2x8", 40, 8
+    arg.variant, arg.res, arg.frames = "mu/2x16", 80, 8
   config = ml_collections.ConfigDict()
 
   config.seed = 0

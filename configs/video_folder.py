@@ -49,7 +49,7 @@ def get_config(arg=None):
     runlocal=False,
   )
   if arg.runlocal:
-    arg.variant, arg.res, arg.frames = "mu/2x8", 40, 8
+    arg.variant, arg.res, arg.frames = "mu/2x16", 80, 8
   elif not arg.folder or arg.batch < 1:
     raise ValueError("video_folder.py wants folder=FOLDER, and batch >= 1.")
   config = ml_collections.ConfigDict()
