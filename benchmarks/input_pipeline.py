@@ -38,7 +38,7 @@ from lookup_vit import cli, config_utils, quiet_tensorflow  # noqa: F401
 # isort: split
 import tensorflow as tf
 
-from lookup_vit import datasets, input_pipeline
+from lookup_vit import datasets, descriptions, input_pipeline
 from lookup_vit.preprocess import get_preprocess_fn
 
 FLAGS = flags.FLAGS
@@ -64,7 +64,7 @@ def find_files(data: Mapping[str, Any]) -> list[str]:
   Raises:
     ValueError: the data are not there, or are not JPEGs in TFRecord files.
   """
-  data = datasets.check(data)
+  data = descriptions.check(data)
   wanted = "the bare pipeline wants JPEGs as `image` in TFRecord files"
   if "folder" in data:
     raise ValueError(f"data.folder={data['folder']!r}: {wanted}")

@@ -108,6 +108,46 @@ def video_grids(
   return fits or [full]
 
 
+def video_evals(
+  data: dict[str, Any], res: int, frames: int, stride: int, log_steps: int
+) -> dict[str, Any]:
+  """Evaluators of a video set, with views as ViViT has them.
+
+  `val` sees the clip in the middle of a video, its central crop, every
+  `log_steps`; `val_4x3` four clips of it, three crops of each, at the end.
+  """
+  resize = f"decode_clip|resize_small({short_side(res)},'bilinear')"
+  end = "value_range(-1,1)|keep('image','label')"
+  one = (
+    f"central_clip({frames},{stride})|{resize}|central_crop({res})"
+    f"|unfold_clip({frames})|{end}"
+  )
+  views = (
+    f"temporal_views({frames},{stride},4)|{resize}|spatial_views({res},3)"
+    f"|unfold_views({frames})|{end}"
+  )
+
+  def evaluation(**fields):
+    return dict(type="classification", data=dict(data), **fields)
+
+  return dict(
+    val=evaluation(pp_fn=one, log_steps=log_steps),
+    val_4x3=evaluation(pp_fn=views, views=12),
+  )
+
+
+def short_side(res: int) -> int:
+  """The short side that crops of `res` are taken from, 256 for 224."""
+  return -(-res * 8 // 7)
+
+
+def start_from(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Starts a video model from another run, on videos or on images; "": none."""
+  if workdir:
+    config.model_init = workdir
+    config.model_init_inflation = "central"
+
+
 def run_local(config: ml_collections.ConfigDict) -> None:
   """Makes a config's run a matter of seconds: few steps on the digits.
 
@@ -127,3 +167,13 @@ def run_local(config: ml_collections.ConfigDict) -> None:
   config.schedule = dict(warmup_steps=2, decay_type="cosine")
   config.log_training_steps = 2
   config.ckpt_steps = 3
+
+
+def run_local_video(config: ml_collections.ConfigDict) -> None:
+  """As `run_local`, on digits that move: 16 frames each, 8 motions."""
+  run_local(config)
+  config.num_classes = 8
+  module = "data.moving_digits"
+  config.input.data = dict(module=module, split="train[:64]")
+  for evaluator in config.evals.values():
+    evaluator.data = dict(module=module, split="test[:20]")

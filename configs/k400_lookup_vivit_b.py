@@ -3,15 +3,16 @@ r"""Multi-resolution LookupViViT on Kinetics-400.
 It is trained as `k400_vivit_b.py` is. The compressed grids (time, rows,
 columns) are this repository's choice.
 
-    python -m lookup_vit.train --config=configs/k400_lookup_vivit_b.py \
-        --workdir=gs://BUCKET/k400_lookup_vivit_b
+    python -m lookup_vit.train --workdir=gs://BUCKET/k400_lookup_vivit_b \
+        --config=configs/k400_lookup_vivit_b.py:from=gs://BUCKET/in21k_lookup_b
     python -m lookup_vit.dryrun --topology=v5e:8x8 \
         --config=configs/k400_lookup_vivit_b.py
     python -m lookup_vit.dryrun --topology=v5e:8x8 \
         --config=configs/k400_lookup_vivit_b.py:variant=L/2x16
 
 Arguments: `--config=configs/k400_lookup_vivit_b.py:variant=L/2x16,frames=64`,
-`runlocal` for a trial without Kinetics.
+`from=WORKDIR` starts from a run of LookupViT, see `k400_vivit_b.py`; `runlocal`
+is for a trial without Kinetics.
 """
 
 from configs import common, k400_vivit_b

@@ -7,10 +7,12 @@ it could not store.
 import collections
 import csv
 import dataclasses
+import datetime
 import functools
 import io
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -23,6 +25,9 @@ from data.video_frames import EXTENSIONS, find_ffmpeg, read_frames
 _LOG = logging.getLogger("lookup_vit")
 
 REPORT = "missing_videos.tsv"
+
+# From one line on the progress to the next.
+_LOG_SECONDS = 10
 
 
 class Clip(NamedTuple):
@@ -147,7 +152,9 @@ class VideoBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   _use_beam = False
 
-  def _clips(self, manual_dir: epath.Path) -> dict[str, Sequence[Clip]]:
+  def _clips(
+    self, dl_manager: tfds.download.DownloadManager
+  ) -> dict[str, Sequence[Clip]]:
     """Returns the annotated clips of each split."""
     raise NotImplementedError
 
@@ -180,7 +187,7 @@ class VideoBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager):
     find_ffmpeg()  # Fails now rather than after the annotations are read.
-    splits = self._clips(dl_manager.manual_dir)
+    splits = self._clips(dl_manager)
     for split, clips in splits.items():
       missing = sum(not clip.found for clip in clips)
       if missing == len(clips):
@@ -218,14 +225,19 @@ class VideoBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 def _local_examples(clips, read, write):
   losses = []
+  start = last = time.monotonic()
   try:
     for done, result in enumerate(_in_threads(read, clips), 1):
       if isinstance(result, Loss):
         losses.append(result)
       else:
         yield result
-      if done % 1000 == 0:
-        _LOG.info("read %d of %d videos", done, len(clips))
+      now = time.monotonic()
+      if now - last > _LOG_SECONDS:
+        last = now
+        eta = round((now - start) / done * (len(clips) - done))
+        eta = datetime.timedelta(seconds=eta)
+        _LOG.info("read %d of %d videos, ETA %s", done, len(clips), eta)
   finally:
     write(losses)
 

@@ -12,7 +12,7 @@ from etils import epath
 
 _LOG = logging.getLogger("lookup_vit")
 
-EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi")
+EXTENSIONS = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 
 # Containers whose file is all there is to read. Others, such as playlists,
 # name further files, and a file's extension does not decide what it is.
@@ -26,7 +26,7 @@ def find_ffmpeg() -> str:
   """Returns the ffmpeg to call: that on PATH, else that of imageio-ffmpeg.
 
   Raises:
-    RuntimeError: if there is neither.
+    FileNotFoundError: if there is neither.
   """
   path = shutil.which("ffmpeg")
   if path:
@@ -36,7 +36,7 @@ def find_ffmpeg() -> str:
 
     return imageio_ffmpeg.get_ffmpeg_exe()
   except (ImportError, RuntimeError) as e:
-    raise RuntimeError(
+    raise FileNotFoundError(
       "reading videos wants ffmpeg, and there is no `ffmpeg` on PATH. Install "
       "it, or run `pip install imageio-ffmpeg`, which brings one."
     ) from e
@@ -86,7 +86,7 @@ def read_frames(
   Rotation that the file asks for is applied. The first video stream counts.
 
   Args:
-    path: an mp4, webm, mkv or avi file; on this machine, or wherever
+    path: an mp4, webm, mkv, avi or mov file; on this machine, or wherever
       TensorFlow can read.
     short_side: pixels of the frames' shorter side, the aspect ratio kept;
       smaller videos keep their size. None: all keep it.
@@ -99,7 +99,7 @@ def read_frames(
     One JPEG file per frame, in order.
 
   Raises:
-    RuntimeError: if there is no ffmpeg.
+    FileNotFoundError: if there is no ffmpeg.
     ValueError: if the video cannot be read, or has no frames.
   """
   if "://" in path:

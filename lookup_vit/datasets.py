@@ -1,37 +1,22 @@
 """Data sets: from a description in a config to a prepared one.
 
-A data description is a dictionary (or ConfigDict) with exactly one source:
-
-  name    a TFDS data set, "cifar10" or "imagenet2012_corrupted/fog_3"
-  module  a package with a TFDS `Builder`, "data.digits"; built on first use
-          where that needs no files; also "data.imagenet21k/CONFIG:VERSION"
-  folder  a directory of images, FOLDER/SPLIT/CLASS/*.jpg (.jpeg, .png)
-
-and with `split` ("train", "train[:90%]", "train+validation"), for `name` and
-`module` optionally `data_dir`, and for `folder` optionally `on_error`: what to
-do about broken images, "fail" (the default) or "skip". Fields that are None
-count as absent.
-
-Or it is a mixture: `mixture`, a list of data descriptions, each with a `weight`
-and optionally with `pp`, a preprocessing string of its own.
+Descriptions are those of `descriptions.py`.
 """
 
 import contextlib
-import difflib
 import functools
 import importlib
+import inspect
 import io
 import json
 import logging
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from lookup_vit import damage, quiet_tensorflow  # noqa: F401
+from lookup_vit import damage, descriptions, quiet_tensorflow  # noqa: F401
 
 # isort: split
-import ml_collections
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from google.protobuf import json_format
@@ -41,102 +26,6 @@ _LOG = logging.getLogger("lookup_vit")
 # TFDS would ask Google's storage for metadata that local data do not need, and
 # warn where there is no network.
 tfds.core.utils.gcs_utils._is_gcs_disabled = True
-
-_SOURCES = ("name", "module", "folder")
-_FIELDS = (*_SOURCES, "split", "data_dir", "on_error")
-
-
-def _close(word: str, words: Sequence[str]) -> str:
-  close = difflib.get_close_matches(word, words, n=3)
-  return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
-
-
-def check(data: Mapping[str, Any]) -> dict[str, Any]:
-  """Checks a data description and returns it without the absent fields.
-
-  Raises:
-    ValueError: an unknown field, not exactly one source, or a field that does
-      not go with the source.
-  """
-  data = {key: value for key, value in dict(data).items() if value is not None}
-  if "mixture" in data:
-    raise ValueError("data.mixture is for training, and not within a mixture")
-  for key in data:
-    if key not in _FIELDS:
-      raise ValueError(
-        f"data has no field {key!r}{_close(key, _FIELDS)}; the fields are "
-        f"{', '.join(_FIELDS)}"
-      )
-    if not isinstance(data[key], str):
-      raise ValueError(f"data.{key}={data[key]!r}: wanted text")
-  given = [key for key in _SOURCES if key in data]
-  if len(given) != 1:
-    raise ValueError(
-      f"data wants exactly one of {', '.join(_SOURCES)}; got "
-      f"{', '.join(given) or 'none of them'}"
-    )
-  wrong = "data_dir" if given == ["folder"] else "on_error"
-  if wrong in data:
-    raise ValueError(f"data.{wrong} does not apply to data.{given[0]}")
-  if data.get("on_error", "fail") not in ("fail", "skip"):
-    raise ValueError(
-      f"data.on_error is {data['on_error']!r}; wanted 'fail' or 'skip'"
-    )
-  return data
-
-
-def mixture(
-  data: Mapping[str, Any],
-) -> list[tuple[dict[str, Any], float, str | None]]:
-  """Lists the data sets of a description, several if it is of a mixture.
-
-  Returns:
-    Description, weight, and `pp` or None, of each.
-
-  Raises:
-    ValueError: a description that is not right; it is named.
-  """
-  data = dict(data)
-  if data.get("mixture") is None:
-    return [(check(data), 1.0, None)]
-  if others := [k for k, v in data.items() if v is not None and k != "mixture"]:
-    raise ValueError(f"data.{others[0]} does not apply to data.mixture")
-  if not isinstance(data["mixture"], list | tuple) or not data["mixture"]:
-    raise ValueError(
-      f"data.mixture={data['mixture']!r}: wanted a list of data descriptions"
-    )
-  sets = []
-  for i, part in enumerate(data["mixture"]):
-    if not isinstance(part, Mapping | ml_collections.ConfigDict):
-      raise ValueError(f"data.mixture[{i}]={part!r}: wanted a dict")
-    part = dict(part)
-    weight, pp = part.pop("weight", None), part.pop("pp", None)
-    is_number = isinstance(weight, int | float) and weight is not True
-    if not is_number or not 0 < weight < math.inf:
-      raise ValueError(
-        f"data.mixture[{i}].weight={weight!r}: wanted a number > 0"
-      )
-    if not isinstance(pp, str | None):
-      raise ValueError(f"data.mixture[{i}].pp={pp!r}: wanted text")
-    with at_member(i, 2):  # Also if it is the only one.
-      sets.append((check(part), weight, pp))
-  return sets
-
-
-@contextlib.contextmanager
-def at_member(i: int, count: int) -> Iterator[None]:
-  """Names the data set of a mixture of `count` that a ValueError is about."""
-  try:
-    yield
-  except ValueError as e:
-    if count == 1:
-      raise
-    raise ValueError(f"data.mixture[{i}]: {e}") from e
-
-
-def source(data: Mapping[str, Any]) -> str:
-  """Returns the source of a description as messages name it."""
-  return next(f"data.{key}={data[key]!r}" for key in _SOURCES if key in data)
 
 
 def get_builder(data: Mapping[str, Any]) -> tfds.core.DatasetBuilder:
@@ -151,11 +40,11 @@ def get_builder(data: Mapping[str, Any]) -> tfds.core.DatasetBuilder:
   Raises:
     ValueError: if there is no such data set, or if it is not prepared.
   """
-  data = check(data)
-  if "folder" in data:
+  data = descriptions.check(data)
+  if descriptions.is_image_folder(data):
     return _folder_builder(data["folder"])
   if "module" in data:
-    return _module_builder(data["module"], data.get("data_dir"))
+    return _module_builder(data)
   return _named_builder(data["name"], data.get("data_dir"))
 
 
@@ -174,7 +63,7 @@ def _named_builder(name, data_dir):
     names = tfds.list_builders(with_community_datasets=False)
     raise ValueError(
       f"{field}: TFDS has no data set {stem!r}, nor is there a {folder}"
-      f"{_close(stem, names)}"
+      f"{descriptions.close(stem, names)}"
     ) from e
   except _UNREADABLE as e:
     raise _unreadable(field, name, data_dir) from e
@@ -209,9 +98,9 @@ def _listing(folder, depth) -> str:
   return ", ".join(names) or "nothing"
 
 
-def _module_builder(module, data_dir):
-  field = f"data.module={module!r}"
-  module, _, version = module.partition(":")
+def _module_builder(data):
+  field, folder = descriptions.source(data), data.get("folder")
+  module, _, version = data["module"].partition(":")
   module, _, config = module.partition("/")
   try:
     builder_class = importlib.import_module(module).Builder
@@ -225,18 +114,24 @@ def _module_builder(module, data_dir):
       f"{field} has no class Builder, which should be a "
       "tfds.core.GeneratorBasedBuilder"
     ) from e
+  if ("folder" in inspect.signature(builder_class).parameters) != bool(folder):
+    wants = "does not take a" if folder else "wants its"
+    raise ValueError(f"{field}: this module {wants} data.folder")
   make = functools.partial(
     builder_class,
-    data_dir=data_dir,
+    data_dir=data.get("data_dir"),
     config=config or None,
     version=version or None,
+    **({"folder": folder} if folder else {}),
   )
   try:
     builder = make()
   except _UNREADABLE as e:
     name = module.rpartition(".")[2]
-    raise _unreadable(field, name, data_dir) from e
+    raise _unreadable(field, name, data.get("data_dir")) from e
   except (AssertionError, ValueError) as e:  # No such version, or config.
+    if folder:
+      raise ValueError(f"{field}: {str(e).strip()}") from e
     names = ", ".join(builder_class.builder_configs) or "none"
     raise ValueError(f"{field}: {str(e).strip()} (configs: {names})") from e
   if builder.info.splits:
@@ -294,10 +189,11 @@ def num_classes(data: Mapping[str, Any]) -> int | None:
     ValueError: the data sets of a mixture differ in it.
   """
   found = {}
-  for description, _, _ in mixture(data):
+  for description, _, _ in descriptions.mixture(data):
     label = dict(get_builder(description).info.features).get("label")
     is_class = isinstance(label, tfds.features.ClassLabel)
-    found[source(description)] = label.num_classes if is_class else None
+    count = label.num_classes if is_class else None
+    found[descriptions.source(description)] = count
   if len(set(found.values())) > 1:
     raise ValueError(
       "a mixture wants data sets of the same classes; it has "
@@ -310,20 +206,24 @@ def num_examples(data: Mapping[str, Any]) -> int:
   """Returns the number of examples of the split.
 
   Args:
-    data: a data description. Images of a folder that are broken and skipped
-      do not count.
+    data: a data description. Images and videos of a folder that are broken and
+      skipped do not count.
 
   Returns:
     The number of examples.
 
   Raises:
-    ValueError: if the data or the split are not there, or images are broken.
+    ValueError: if the data or the split are not there, or images or videos are
+      broken.
   """
-  data = check(data)
+  data = descriptions.check(data)
   builder = get_builder(data)
-  if "folder" in data:
+  if descriptions.is_image_folder(data):
     return len(folder_examples(builder, data))
-  return sum(len(positions) for _, positions in slices(builder, data))
+  parts = slices(builder, data)
+  if "folder" in data:
+    _check_lost(builder, data, dict.fromkeys(name for name, _ in parts))
+  return sum(len(positions) for _, positions in parts)
 
 
 def slices(builder, data) -> list[tuple[str, range]]:
@@ -389,6 +289,25 @@ def folder_examples(builder, data) -> list[tuple[str, int]]:
     + ", ".join(broken)
   )
   return [example for example in examples if example[0] not in broken]
+
+
+def _check_lost(builder, data, splits):
+  """Fails, or warns, where a module has left out files of its folder."""
+  lost = {}
+  total = 0
+  for split in splits:
+    lost |= builder.lost(split)
+    total += builder.info.splits[split].num_examples
+  if not lost:
+    return
+  source = descriptions.source(data)
+  what = f"{len(lost)} of the {total + len(lost)} files of {', '.join(splits)}"
+  if data.get("on_error", "fail") == "fail":
+    raise ValueError(
+      f"{source}: {what} cannot be read. Repair or delete them, or set "
+      f"data.on_error='skip', which leaves them out.{damage.listing(lost)}"
+    )
+  _warn_once(f"{source}: left out {what}, unreadable: {', '.join(lost)}")
 
 
 @functools.lru_cache

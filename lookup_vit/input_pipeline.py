@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lookup_vit import datasets, quiet_tensorflow  # noqa: F401
+from lookup_vit import datasets, descriptions, quiet_tensorflow  # noqa: F401
 
 # isort: split
 import tensorflow as tf
@@ -286,14 +286,14 @@ def make_train(
   """
   local_size = _local_size(batch_size, process_index, process_count)
   first, last = process_index * local_size, (process_index + 1) * local_size
-  sets = datasets.mixture(data)
+  sets = descriptions.mixture(data)
   owner = mixture_slots([weight for _, weight, _ in sets], batch_size)
   parts = {}
   streams = []
   for i, (description, _, own_pp) in enumerate(sets):
     own_pp = pp if own_pp is None else own_pp
     of_set = owner == i
-    with datasets.at_member(i, len(sets)):
+    with descriptions.at_member(i, len(sets)):
       part = _Part(
         records=records.open_records(description),
         preprocess=get_preprocess_fn(own_pp),
@@ -342,7 +342,7 @@ def _explain(source, examples, one, likely=()):
     one: makes an example of a batch.
     likely: shards that are damaged rather than others.
   """
-  _LOG.info("%s: looking for the fault", datasets.source(source.data))
+  _LOG.info("%s: looking for the fault", descriptions.source(source.data))
   iterator = iter(examples)
   while True:
     try:
@@ -386,7 +386,7 @@ def make_eval(
   """
   local_size = _local_size(batch_size, process_index, process_count)
   preprocess = get_preprocess_fn(pp)
-  source = records.open_records(datasets.check(data))
+  source = records.open_records(descriptions.check(data))
   num_batches = -(-source.size // batch_size)
   first, last = (
     p * source.size // process_count for p in (process_index, process_index + 1)

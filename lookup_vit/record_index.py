@@ -19,7 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from lookup_vit import damage, datasets, quiet_tensorflow  # noqa: F401
+from lookup_vit import (  # noqa: F401
+  damage,
+  datasets,
+  descriptions,
+  quiet_tensorflow,
+)
 
 # isort: split
 import tensorflow as tf
@@ -86,9 +91,9 @@ def wanted(data: Mapping[str, Any]) -> dict[epath.Path, list[tuple[str, int]]]:
   Raises:
     ValueError: the data are not there.
   """
-  data = datasets.check(data)
+  data = descriptions.check(data)
   builder = datasets.get_builder(data)
-  is_folder = "folder" in data
+  is_folder = descriptions.is_image_folder(data)
   if is_folder or builder.info.file_format != tfds.core.FileFormat.TFRECORD:
     return {}
   return {
@@ -168,10 +173,10 @@ def main(argv):
   indices = {}
   for where, data in described:
     with config_utils.at_fault(where):
-      for member, _, _ in datasets.mixture(data):
+      for member, _, _ in descriptions.mixture(data):
         of_member = wanted(member)
         if not of_member:
-          _LOG.info("%s needs no index", datasets.source(member))
+          _LOG.info("%s needs no index", descriptions.source(member))
         indices.update(of_member)
   for path, files in indices.items():
     make(path, files)

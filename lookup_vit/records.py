@@ -14,7 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from lookup_vit import damage, datasets, record_index  # noqa: F401
+from lookup_vit import (  # noqa: F401
+  damage,
+  datasets,
+  descriptions,
+  record_index,
+)
 
 # isort: split
 import tensorflow as tf
@@ -138,12 +143,12 @@ def open_records(data) -> Records:
   Raises:
     ValueError: if the data are not there, broken or empty.
   """
-  data = datasets.check(data)
+  data = descriptions.check(data)
   builder = datasets.get_builder(data)
   size = datasets.num_examples(data)
   if not size:
     raise ValueError(f"data.split={data['split']!r} has no examples")
-  if "folder" in data:
+  if descriptions.is_image_folder(data):
     return _open_folder(data, builder)
   lengths = _check_files(data, builder)
   files = builder.info.splits[data["split"]].file_instructions
@@ -162,7 +167,7 @@ def open_records(data) -> Records:
   if file_format == tfds.core.FileFormat.ARRAY_RECORD:
     return Records(read=_array_record_reader(builder, data), **fields)
   raise ValueError(
-    f"{datasets.source(data)}: the files in {builder.data_path} are of the "
+    f"{descriptions.source(data)}: the files in {builder.data_path} are of the "
     f"format {file_format.value}; wanted tfrecord or array_record"
   )
 
@@ -333,8 +338,9 @@ def _check_files(data, builder) -> dict[str, int]:
 
 
 def _damage_error(data, damaged, total) -> ValueError:
+  source = descriptions.source(data)
   return ValueError(
-    f"{datasets.source(data)}: {len(damaged)} of the {total} files of split "
+    f"{source}: {len(damaged)} of the {total} files of split "
     f"{data['split']!r} are damaged. Copy them again, or delete the directory "
     f"and prepare it again.{damage.listing(damaged)}"
   )
@@ -350,7 +356,7 @@ def check_for_damage(records: Records, first: Iterable[int] = ()) -> None:
   Raises:
     ValueError: the files, or the first of the records, that are damaged.
   """
-  name = datasets.source(records.data)
+  name = descriptions.source(records.data)
   if records.shards is not None:
     files = _files(records.data, datasets.get_builder(records.data))
     likely = {records.shards.paths[shard] for shard in first}
@@ -380,6 +386,6 @@ def at_fault(records: Records, index: int) -> Iterator[None]:
     yield
   except tf.errors.OpError as e:
     raise ValueError(
-      f"{datasets.source(records.data)}: {records.where(index)}: "
+      f"{descriptions.source(records.data)}: {records.where(index)}: "
       f"{damage.reason(e)}"
     ) from e

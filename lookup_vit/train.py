@@ -24,6 +24,7 @@ from lookup_vit import (
   cli,
   config_utils,
   datasets,
+  descriptions,
   distributed,
   input_pipeline,
   input_wait,
@@ -72,7 +73,7 @@ def train_and_evaluate(
   train_step.build_model(config)
   data = config.input.data
   with config_utils.at_fault("config.input"):
-    sets = datasets.mixture(data)
+    sets = descriptions.mixture(data)
     num_examples = None
     if len(sets) == 1:
       num_examples = datasets.num_examples(sets[0][0])
@@ -416,10 +417,11 @@ class Progress:
 
 
 def _images(evaluators, count=4):
-  """A few images of the first evaluator that has batches."""
+  """A few images of the first evaluator that has batches; a view of each."""
   for evaluator, _ in evaluators.values():
     for batch in itertools.islice(evaluator.batches(), 1):
-      return batch["image"][:count]
+      images = batch["image"][:count]
+      return images if evaluator.views == 1 else images[:, 0]
   return None
 
 

@@ -194,14 +194,20 @@ class Program:
     """The state before step 0, of given or freshly drawn parameters."""
     return self._compile(self._init_state, self.state_shardings)(params)
 
-  def check_input(self, spec: Any, field: str) -> None:
+  def check_input(
+    self, spec: Any, field: str, views: tuple[str, int] | None = None
+  ) -> None:
     """Raises ValueError unless batches of a data set fit model and task.
 
     Args:
       spec: shapes of a batch by name (TensorSpecs or arrays).
       field: the config field that made them.
+      views: where an example has several, the field that says so, and how many.
     """
     want = (*self.config.input.image_size, 3)
+    also = ""
+    if views:
+      want, also = (views[1], *want), f" with {views[0]}={views[1]}"
     names = sorted(spec)
     if "image" not in spec or not {"label", "labels"} & set(names):
       raise ValueError(
@@ -210,8 +216,8 @@ class Program:
     got = tuple(spec["image"].shape[1:])
     if got != want:
       raise ValueError(
-        f"{field} makes images of shape {got}, config.input.image_size wants "
-        f"{want}."
+        f"{field} makes images of shape {got}, config.input.image_size{also} "
+        f"wants {want}."
       )
     if spec["image"].dtype != "float32":
       raise ValueError(
@@ -315,9 +321,24 @@ class Program:
       donate_argnums=0,
     )
 
+  def _apply_to_views(self, params, batch, grid):
+    """As `apply`, with all logits averaged over the views of an example."""
+    images = batch["image"]
+
+    def of_view(i):
+      view = jax.lax.dynamic_index_in_dim(images, i, axis=1, keepdims=False)
+      logits, out = self.apply(params, {**batch, "image": view}, grid)
+      return logits, {k: v for k, v in out.items() if k.startswith("logits_")}
+
+    # One after another, so that the activations of one are held.
+    each = jax.lax.map(of_view, jnp.arange(images.shape[1]))
+    return jax.tree.map(functools.partial(jnp.mean, axis=0), each)
+
   def evaluate(self, params, batch, grid):
     """Sums of the task's metrics over a batch; see `evaluation_step`."""
-    logits, out = self.apply(params, batch, grid)
+    has_views = batch["image"].ndim > 2 + len(self.config.input.image_size)
+    apply = self._apply_to_views if has_views else self.apply
+    logits, out = apply(params, batch, grid)
     metrics, weights = self.task.metrics(logits, out, batch)
     sums = {name: jnp.sum(x * weights) for name, x in metrics.items()}
     sums["examples"] = jnp.sum(weights)
@@ -327,6 +348,9 @@ class Program:
   @functools.cached_property
   def evaluation_step(self):
     """Compiled `(params, batch, grid) -> sums`.
+
+    Where the images of a batch are `[batch, views, *image_size, 3]`, the logits
+    are averaged over the views.
 
     The sums: each of the task's metrics over the examples that count,
     `examples` (how many count) and `seen` (how many are no padding).

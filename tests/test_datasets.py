@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data.digits import Builder
-from lookup_vit import datasets
+from lookup_vit import datasets, descriptions
 from tests import sources
 
 
@@ -202,10 +202,10 @@ DIGITS = {"module": "data.digits", "split": "train[:9]"}
 
 
 def test_mixtures(digits):
-  assert datasets.mixture(DIGITS) == [(DIGITS, 1.0, None)]
+  assert descriptions.mixture(DIGITS) == [(DIGITS, 1.0, None)]
   parts = [{**digits, "weight": 2, "pp": "decode"}, {**DIGITS, "weight": 0.5}]
   config = ml_collections.ConfigDict({"mixture": parts, "name": None})
-  assert datasets.mixture(config) == [
+  assert descriptions.mixture(config) == [
     (digits, 2, "decode"),
     (DIGITS, 0.5, None),
   ]
@@ -236,11 +236,11 @@ def test_mixture_of_other_classes(digits, folder):
 )
 def test_wrong_mixtures(mixture, words):
   with pytest.raises(ValueError) as e:
-    datasets.mixture({"mixture": mixture})
+    descriptions.mixture({"mixture": mixture})
   for word in words:
     assert word in str(e.value)
   with pytest.raises(ValueError, match="data.split does not apply"):
-    datasets.mixture({"mixture": mixture, "split": "train"})
+    descriptions.mixture({"mixture": mixture, "split": "train"})
 
 
 def test_module_that_needs_manual_files(tmp_path, monkeypatch):

@@ -38,8 +38,10 @@ def look(kind, **fields):
   c = config(**fields)
   program = steps.make_program(c, devices)
   step = steps.measure(program, kind, (2, 2))
-  held = steps.held_bytes(program)
+  held = steps.held_bytes(program, kind)
   return dict(
+    name=step.name,
+    examples=step.batch_size,
     memory=step.memory.parts,
     total=step.memory.total,
     largest=step.memory.largest,
@@ -61,10 +63,14 @@ def whole(depth, **fields):
   )
 
 fsdp = dict(mesh=[("fsdp", 8)], sharding="fsdp")
+views = dict(evals__test__views=3, evals__test__batch_size=16)
 print(json.dumps(dict(
   replicated=look("train", model__depth=5),
   fsdp=look("train", model__depth=5, **fsdp),
   evaluation=look("evaluation", model__depth=5),
+  views=look("evaluation", model__depth=5, **views),
+  counted_evaluation=steps.count(config(), devices, "evaluation", (2, 2)),
+  counted_views=steps.count(config(**views), devices, "evaluation", (2, 2)),
   counted=steps.count(config(model__depth=5), devices, "train", (2, 2)),
   accumulated=steps.count(
     config(model__depth=5, grad_accum_steps=2), devices, "train", (2, 2)
@@ -152,6 +158,31 @@ def test_evaluation_has_the_rest_of_the_state_beside_it(eight):
   assert got["memory"]["arguments"] == arguments
   (beside,) = (v for k, v in got["memory"].items() if "rest of" in k)
   assert beside == held["opt_state"] + held["ema"] + 2 * held["batch"]
+
+
+def test_views_are_in_the_batch_and_in_the_model_one_after_another(eight):
+  got, one = eight["views"], eight["evaluation"]
+  assert got["name"] == "evaluation step, grid 2x2, 3 views of each"
+  assert (got["examples"], one["examples"]) == (16, 32)
+  image = 32 * 32 * 3 * 4
+  assert one["held"]["batch"] == 32 * (image + 4) / 8
+  assert got["held"]["batch"] == 16 * (3 * image + 4) / 8
+  mask = 16 * 4 / 8
+  arguments = got["held"]["params"] + got["held"]["batch"] + mask
+  assert got["memory"]["arguments"] == arguments
+  # Those of training wait.
+  (beside,) = (v for k, v in got["memory"].items() if "rest of" in k)
+  rest = got["held"]["opt_state"] + got["held"]["ema"]
+  assert beside == rest + 2 * one["held"]["batch"]
+  # Two examples a chip, however many views, against four.
+  assert got["memory"]["temporaries"] < one["memory"]["temporaries"]
+  for name, of_one in eight["counted_evaluation"].items():
+    of_all = eight["counted_views"][name]
+    if name == "flops":
+      # Half of the examples, three times.
+      assert of_all == pytest.approx(1.5 * of_one, rel=0.01)
+    else:
+      assert of_one < of_all < 3 * of_one
 
 
 def test_cost_is_that_of_the_whole(eight):

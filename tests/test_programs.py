@@ -46,6 +46,7 @@ def in21k(tmp_path_factory):
     "ssv2_lookup_vivit_b",
     "in1k_finetune",
     "image_folder",
+    "video_folder",
   ],
 )
 def test_every_config_runs_locally(name, in21k, tmp_path):

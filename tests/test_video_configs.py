@@ -8,7 +8,7 @@ import pytest
 
 from configs import common
 from data import kinetics400, something_something_v2
-from lookup_vit import config_utils, metric_writer, train
+from lookup_vit import config_utils, evaluate, metric_writer, train
 from lookup_vit import input_pipeline as ip
 
 # isort: split
@@ -95,9 +95,21 @@ def _config(name, data_dir):
     config.num_classes = len(video_files.TEMPLATES)
   if config.get("grids"):
     config.grids = [(1, 3, 3)]
-  for data in (config.input.data, config.evals.val.data):
+  for data in (config.input.data, *(e.data for e in config.evals.values())):
     data.data_dir = data_dir
   return config
+
+
+def check_results(rows, grid, views=(1, 12)):
+  """Of three videos, each counted once: of one view, and of twelve."""
+  names = {1: "val", 12: "val_4x3"}
+  assert [r["split"] for r in rows] == [names[n] for n in views]
+  assert [r["views"] for r in rows] == list(views)
+  for row in rows:
+    assert row["grid"] == grid
+    assert np.isfinite(row["loss"])
+    assert row["top1"] * 3 == pytest.approx(round(row["top1"] * 3), abs=1e-5)
+  assert len({row["loss"] for row in rows}) == len(views)
 
 
 @pytest.mark.parametrize(
@@ -111,17 +123,17 @@ def _config(name, data_dir):
 )
 def test_training_on_videos(name, data_dir, tmp_path):
   config = _config(name, data_dir)
+  views = (1, 12)
+  if name in ("k400_lookup_vivit_b", "ssv2_vivit_b"):
+    del config.evals["val_4x3"]  # To compile less.
+    views = (1,)
   state = train.train_and_evaluate(config, str(tmp_path))
   assert int(state.step) == 3
   rows = [r for r in metric_writer.read(str(tmp_path)) if "train/loss" in r]
   assert [r["step"] for r in rows] == [1, 2, 3]
   assert all(np.isfinite(r["train/loss"]) for r in rows)
-  [row] = small.results(str(tmp_path))
-  assert row["split"] == "val"
-  assert row["grid"] == ("1x3x3" if "lookup" in name else None)
-  assert np.isfinite(row["loss"])
-  # Three videos, each counted once.
-  assert row["top1"] * 3 == pytest.approx(round(row["top1"] * 3), abs=1e-5)
+  rows = small.results(str(tmp_path))
+  check_results(rows, "1x3x3" if "lookup" in name else None, views)
   assert os.path.exists(tmp_path / "attention_maps.png") == ("lookup" in name)
   assert os.path.exists(tmp_path / "accuracy_vs_flops.png")
 
@@ -156,21 +168,92 @@ def test_evaluation_sees_the_middle_of_every_video_once(
     np.testing.assert_allclose(got, greys(frames)[indices], atol=5)
 
 
+def test_training_on_a_folder(tmp_path):
+  """From videos of several kinds to twelve views, as a person uses it."""
+  videos = {
+    "train/red/a.mp4": pattern(9),
+    "train/red/b.webm": pattern(3, 47, 63),
+    "train/blue/c.avi": pattern(12, 64, 48),
+    "train/blue/cut.mp4": pattern(5),
+    "val/red/d.mkv": pattern(6),
+    "val/blue/e.mov": pattern(14),
+    "val/blue/f.mp4": pattern(1),
+  }
+  folder = tmp_path / "videos"
+  for name, frames in videos.items():
+    video_files.write_video(folder / name, frames)
+  cut = folder / "train/blue/cut.mp4"
+  cut.write_bytes(cut.read_bytes()[:500])
+  config = config_utils.load(
+    f"configs/video_folder.py:folder={folder},variant=mu/2x8,res=32,frames=4,"
+    "epochs=2,batch=2"
+  )
+  config.grids = [(1, 3, 3)]
+  for data in (config.input.data, *(e.data for e in config.evals.values())):
+    data.data_dir = str(tmp_path / "data")
+  workdir = str(tmp_path / "run")
+  match = r"1 of the 4 files of train.*\n.*cut.mp4"
+  with pytest.raises(ValueError, match=match):
+    train.train_and_evaluate(config, workdir)
+  config.input.data.on_error = "skip"
+  state = train.train_and_evaluate(config, workdir)
+  # Two epochs of three.
+  assert int(state.step) == 3
+  rows = small.results(workdir)
+  check_results(rows, "1x3x3")
+  saved = config_utils.read_workdir(workdir)
+  assert saved.num_classes == 2
+  again = evaluate.evaluate(workdir, batch_size=3)
+  for one, other in zip(rows, again, strict=True):
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert one["top1"] == other["top1"]
+
+
+def sides(batch):
+  """Whether each clip's half that is grey is its right, None if it is unclear.
+
+  The other is red above and blue below, whatever happens to the colours.
+  """
+  size = batch.shape[2]
+  above, below = batch[:, :, : size // 3], batch[:, :, -(size // 3) :]
+  change = np.abs(above.mean(2) - below.mean(2)).sum(-1)
+  left, right = change[..., : size // 4], change[..., -(size // 4) :]
+  found = []
+  for difference in left.mean(-1) - right.mean(-1):
+    flipped = difference > 0
+    is_clear = np.abs(difference).min() > 0.02
+    assert not is_clear or (flipped == flipped[0]).all()
+    found.append(bool(flipped[0]) if is_clear else None)
+  return found
+
+
 @pytest.mark.parametrize("name", ["k400_vivit_b", "ssv2_vivit_b"])
-def test_only_kinetics_is_flipped(name, data_dir):
+def test_flips_swap_the_labels_that_say_so(name, data_dir):
   config = _config(name, data_dir)
+  swapped = {}
+  pp = config.input.pp
+  if name.startswith("ssv2"):
+    assert "flip_lr_swap((86,87),(93,94),(166,167))" in pp
+    # Labels that the look-alike has.
+    pp = pp.replace("(86,87)", "(1,2)")
+    swapped = {1: 2, 2: 1}
+  pp = pp.replace("keep('image'", "keep('image','annotated'")
+  config.input.pp = f"copy('label','annotated')|{pp}"
   batches = iter(train.make_dataset(config, 0))
-  flipped = set()
-  for _ in range(15):
+  seen = set()
+  for _ in range(20):
     batch = next(batches)
     assert batch["image"].shape == (2, 4, 32, 32, 3)
     assert -1 <= batch["image"].min() <= batch["image"].max() <= 1
-    # The half that is grey has no difference of red and blue in any frame.
-    colour = np.abs(batch["image"][..., 0] - batch["image"][..., 2])
-    left, right = colour[..., :10].mean((2, 3)), colour[..., -10:].mean((2, 3))
-    assert ((left > right) == (left > right)[:, :1]).all()
-    flipped |= set((left > right).ravel().tolist())
-  assert flipped == ({False, True} if name == "k400_vivit_b" else {False})
+    columns = batch["annotated"], batch["label"], sides(batch["image"])
+    for before, after, flipped in zip(*columns, strict=True):
+      if flipped is not None:
+        want = swapped.get(int(before), int(before)) if flipped else before
+        assert after == want
+        seen.add((flipped, bool(after != before)))
+  assert seen == {(False, False), (True, False)} | (
+    {(True, True)} if swapped else set()
+  )
 
 
 def test_a_video_without_frames_is_named(tmp_path):
@@ -241,9 +324,29 @@ def test_the_experiments_themselves(name):
   # 2.5 epochs, whatever the size of the set.
   warmup = vit.schedule.warmup_percent * vit.total_epochs
   assert math.isclose(warmup, 2.5)
-  spec = {"video": tf.TensorSpec([None], tf.string), "label": tf.TensorSpec([])}
-  for pp in (vit.input.pp, vit.evals.val.pp_fn):
+  spec = {
+    "video": tf.TensorSpec([None], tf.string),
+    "label": tf.TensorSpec([], tf.int64),
+  }
+  for pp, views in (
+    (vit.input.pp, ()),
+    (vit.evals.val.pp_fn, ()),
+    (vit.evals.val_4x3.pp_fn, (12,)),
+  ):
     fn = ip.get_preprocess_fn(pp)
     graph = tf.function(lambda x, fn=fn: fn(x, tf.constant([0, 0])))
     outputs = graph.get_concrete_function(spec).structured_outputs
-    assert outputs["image"].shape == (32, 224, 224, 3)
+    assert outputs["image"].shape == (*views, 32, 224, 224, 3)
+  assert vit.evals.val_4x3.views == 12
+  # At the end alone.
+  assert "log_steps" not in vit.evals.val_4x3 and vit.evals.val.log_steps
+
+
+@pytest.mark.parametrize(
+  "spec", ["k400_vivit_b.py:from", "ssv2_lookup_vivit_b.py:from"]
+)
+def test_starting_from_another_run(spec):
+  config = config_utils.load(f"configs/{spec}=runs/images")
+  assert config.model_init == "runs/images"
+  assert config.model_init_inflation == "central"
+  assert "model_init" not in config_utils.load(f"configs/{spec}=")

@@ -244,7 +244,7 @@ def test_ffmpeg_on_path_comes_first(fresh_search, tmp_path, monkeypatch):
 def test_no_ffmpeg(fresh_search, tmp_path, monkeypatch):
   monkeypatch.setenv("PATH", str(tmp_path))
   monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-  with pytest.raises(RuntimeError, match="pip install imageio-ffmpeg"):
+  with pytest.raises(FileNotFoundError, match="pip install imageio-ffmpeg"):
     video_frames.find_ffmpeg()
 
 

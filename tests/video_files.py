@@ -17,6 +17,7 @@ _CODECS = {
   ".webm": ("-c:v", "libvpx-vp9", "-crf", "8", "-b:v", "0", "-cpu-used", "8"),
   ".mkv": ("-c:v", "libx264", "-crf", "8"),
   ".avi": ("-c:v", "mpeg4", "-q:v", "2"),
+  ".mov": ("-c:v", "libx264", "-crf", "8"),
 }
 
 # Of Kinetics-400: the first, the last, one between, and one with signs.
@@ -69,7 +70,7 @@ def write_video(
   fps: float = 25,
   output: Sequence[str] = (),
 ):
-  """Writes an mp4, webm, mkv or avi.
+  """Writes an mp4, webm, mkv, avi or mov.
 
   Args:
     path: the file; its extension decides.

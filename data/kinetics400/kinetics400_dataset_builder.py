@@ -104,7 +104,8 @@ class Builder(video_builder.VideoBuilder):
       citation=_CITATION,
     )
 
-  def _clips(self, manual_dir: epath.Path):
+  def _clips(self, dl_manager: tfds.download.DownloadManager):
+    manual_dir = dl_manager.manual_dir
     folders = (manual_dir, manual_dir / "annotations")
     replacements = video_frames.list_videos(manual_dir / "replacement")
     splits = {}

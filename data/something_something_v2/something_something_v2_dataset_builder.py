@@ -107,7 +107,8 @@ class Builder(video_builder.VideoBuilder):
       citation=_CITATION,
     )
 
-  def _clips(self, manual_dir: epath.Path):
+  def _clips(self, dl_manager: tfds.download.DownloadManager):
+    manual_dir = dl_manager.manual_dir
     labels = read_labels(_find(manual_dir, "labels.json"))
     self.info.features["label"].names = list(labels)
     videos = video_frames.list_videos(manual_dir / _VIDEOS)

@@ -73,8 +73,10 @@ def _name(row):
 
 
 def _gflops(row):
-  gflops = row["gflops"]
-  return f"{gflops:.3f}" if gflops >= 1 else f"{gflops:.3g}"
+  """Of a view, times the views where an example has several."""
+  gflops, views = row["gflops"], row.get("views", 1)
+  text = f"{gflops:.3f}" if gflops >= 1 else f"{gflops:.3g}"
+  return text if views == 1 else f"{text} x {views}"
 
 
 def over_seeds(rows: Sequence[Row]) -> str:

@@ -35,7 +35,7 @@ def ladders(config: Any, devices: int, kind: str) -> Iterator[list[Change]]:
   sizes = [2**i for i in range(1, 14) if devices // tensor % 2**i == 0]
   fsdp = [mesh(n) for n in sizes if n > now > 0]
   if kind == "evaluation":
-    batch = steps.eval_batch_size(config)
+    batch, _ = steps.batch_shape(config, kind)
     yield [
       {f"evals.{name}.batch_size": batch // n for name in config.evals}
       for n in (2, 4, 8)

@@ -75,12 +75,17 @@ class Step:
   memory: Memory
   collectives: dict[str, hlo.Collectives]
   cost: dict[str, float] | None = None
+  views: int = 1
 
   @property
   def name(self) -> str:
     """For people."""
-    grid = "" if self.grid is None else config_utils.format_grid(self.grid)
-    return f"{self.kind} step" + (f", grid {grid}" if grid else "")
+    parts = [f"{self.kind} step"]
+    if self.grid is not None:
+      parts.append(f"grid {config_utils.format_grid(self.grid)}")
+    if self.views > 1:
+      parts.append(f"{self.views} views of each")
+    return ", ".join(parts)
 
 
 def num_examples(config: ml_collections.ConfigDict) -> float | None:
@@ -131,24 +136,37 @@ def make_program(config: Any, devices: Sequence[Any]) -> train_step.Program:
   return train_step.Program(config, steps, devices)
 
 
-def eval_batch_size(config: Any) -> int:
-  """The largest batch of the evaluators; that of training without any."""
-  default = config.input.batch_size
-  sizes = [e.get("batch_size") or default for e in config.evals.values()]
-  return max(sizes, default=default)
+def batch_shape(config: Any, kind: str) -> tuple[int, int]:
+  """Examples of a batch, and views of each.
+
+  Those of evaluation are of the evaluator whose batches have the most views in
+  all; without any it is as in training.
+  """
+  train = config.input.batch_size, 1
+  if kind == "train":
+    return train
+  shapes = [
+    (e.get("batch_size") or train[0], e.get("views") or 1)
+    for e in config.evals.values()
+  ]
+  return max(shapes, key=math.prod, default=train)
 
 
-def lower(program: train_step.Program, kind: str, grid: Any) -> Any:
+def lower(
+  program: train_step.Program, kind: str, grid: Any, one_view: bool = False
+) -> Any:
   """The `train` or `evaluation` step for a grid, by shapes."""
   config = program.config
-  size = config.input.batch_size
+  size, views = batch_shape(config, kind)
   if kind == "evaluation":
-    size = eval_batch_size(config)
     parallel.check_batch("config.evals.batch_size", size, program.mesh)
+  shape = (*config.input.image_size, 3)
+  if views > 1 and not one_view:
+    shape = views, *shape
   sharding = parallel.batch_sharding(program.mesh)
   array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
   batch = {
-    "image": array((size, *config.input.image_size, 3), np.float32),
+    "image": array((size, *shape), np.float32),
     "label": array((size,), np.int32),
   }
   state = jax.tree.map(
@@ -162,8 +180,15 @@ def lower(program: train_step.Program, kind: str, grid: Any) -> Any:
   return program.evaluation_step.lower(state.params, batch, grid)
 
 
-def held_bytes(program: train_step.Program) -> dict[str, dict[str, int]]:
-  """Bytes of a chip, by path, for each part of the state and for the batch."""
+def held_bytes(
+  program: train_step.Program, kind: str = "train"
+) -> dict[str, dict[str, int]]:
+  """Bytes of a chip, by path, for each part of the state and for the batch.
+
+  Args:
+    program: of `make_program`.
+    kind: of the step that the batch is of, "train" or "evaluation".
+  """
   shapes, shardings = program.state_shapes, program.state_shardings
   held = {}
   for part in ("params", "opt_state", "ema"):
@@ -178,10 +203,11 @@ def held_bytes(program: train_step.Program) -> dict[str, dict[str, int]]:
       size = math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
       held[part][name] = held[part].get(name, 0) + size
   config = program.config
-  local = config.input.batch_size // math.prod(
+  size, views = batch_shape(config, kind)
+  local = size // math.prod(
     program.mesh.shape[axis] for axis in ("data", "fsdp")
   )
-  image = local * math.prod(config.input.image_size) * 3 * 4
+  image = local * views * math.prod(config.input.image_size) * 3 * 4
   held["batch"] = {"batch/image": image, "batch/label": local * 4}
   return held
 
@@ -198,18 +224,18 @@ def measure(
     quick: whether the compiler may take less trouble than it does for a run,
       in a tenth of the time; its temporaries are then some percent off.
   """
-  held = held_bytes(program)
+  held = held_bytes(program, kind)
   sums = {part: sum(sizes.values()) for part, sizes in held.items()}
-  # Beside what a step is given: input that waits, and in evaluation the rest of
-  # the state.
+  # Beside what a step is given: input of training that waits, and in evaluation
+  # the rest of the state.
   given, rest = ["params", "opt_state", "ema", "batch"], []
-  size = program.config.input.batch_size
+  size, views = batch_shape(program.config, kind)
   beside = "batches ahead"
   if kind == "evaluation":
     given, rest = ["params", "batch"], ["opt_state", "ema"]
-    size = eval_batch_size(program.config)
     beside = "batches ahead, rest of the state"
-  beside_bytes = BATCHES_AHEAD * sums["batch"] + sum(sums[k] for k in rest)
+  waiting = sum(held_bytes(program)["batch"].values())
+  beside_bytes = BATCHES_AHEAD * waiting + sum(sums[k] for k in rest)
   lowered = lower(program, kind, grid)
   with tempfile.TemporaryDirectory() as folder:
     refusal = None
@@ -241,7 +267,8 @@ def measure(
     total = sum(parts.values())
   largest = sorted(largest, reverse=True)[:6]
   memory = Memory(parts, largest, total, refusal is not None, quick)
-  return Step(kind, grid, size, memory, hlo.collectives(text))
+  collectives = hlo.collectives(text)
+  return Step(kind, grid, size, memory, collectives, views=views)
 
 
 def _largest_file(folder, pattern):
@@ -285,7 +312,9 @@ def count(
     small = copy.deepcopy(config)
     small.model.scan, small.model.depth = False, n
     program = make_program(small, devices)
-    return _xla_count(_compile(lower(program, kind, grid), program))
+    # The views are a loop as well.
+    lowered = lower(program, kind, grid, one_view=True)
+    return _xla_count(_compile(lowered, program))
 
   with _effort(_LITTLE):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -295,7 +324,8 @@ def count(
   total = {k: one[k] + (two[k] - one[k]) * (depth - a) / (b - a) for k in one}
   if accum > 1:
     total = {k: accum * total[k] - (accum - 1) * update[k] for k in total}
-  return total
+  _, views = batch_shape(config, kind)
+  return {k: views * value for k, value in total.items()}
 
 
 def _compile(lowered, program, **options):

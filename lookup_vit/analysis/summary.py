@@ -52,7 +52,10 @@ def write(
 def results(
   program: Program, metrics: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-  """A row for each evaluator and grid: cost, and its metrics by name."""
+  """A row for each evaluator and grid: cost, and its metrics by name.
+
+  The cost is that of one view, `views` how many an example has.
+  """
   config = program.config
   trained = [config_utils.format_grid(g) for g in program.grids if g]
   rows = []
@@ -75,6 +78,7 @@ def results(
         "split": evaluator,
         "parameters": costs[grid].params,
         "gflops": costs[grid].xla_flops / 1e9,
+        "views": config.evals.get(evaluator, {}).get("views") or 1,
         **values,
       }
     )

@@ -21,7 +21,11 @@ class Evaluator:
     program: the model and its compiled evaluation step.
     name: prefix of the metrics.
     data: the data set, as `config.input.data`.
-    pp_fn: op-string of the preprocessing.
+    pp_fn: op-string of the preprocessing. It makes an image of each example,
+      or `[views, *image_size, 3]` where there are several views.
+    views: of each example, such as clips of a video and crops of these; the
+      logits of each head are averaged over them (ViViT, arXiv:2103.15691,
+      section 4.1).
     batch_size: global; that of training where none is given.
     grids: compressed grids; those of training where none are given.
 
@@ -36,6 +40,7 @@ class Evaluator:
     *,
     data: Mapping[str, Any],
     pp_fn: str,
+    views: int = 1,
     batch_size: int | None = None,
     grids: list[Any] | None = None,
   ):
@@ -43,6 +48,10 @@ class Evaluator:
     self.program = program
     self.name = name
     self.grids = program.grids
+    self.views = views
+    field = f"config.evals.{name}.views"
+    if isinstance(views, bool) or not isinstance(views, int) or views < 1:
+      raise ValueError(f"{field}={views!r}: want an integer >= 1.")
     if batch_size is None:
       batch_size = config.input.batch_size
     parallel.check_batch(
@@ -56,7 +65,11 @@ class Evaluator:
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    program.check_input(self.dataset.element_spec, f"config.evals.{name}.pp_fn")
+    program.check_input(
+      self.dataset.element_spec,
+      f"config.evals.{name}.pp_fn",
+      (field, views) if views > 1 else None,
+    )
     classes = datasets.num_classes(data)
     is_label = "labels" not in self.dataset.element_spec
     if is_label and classes is not None and classes > config.num_classes:

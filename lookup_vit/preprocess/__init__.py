@@ -2,6 +2,7 @@
 
 # An op exists once its module is imported.
 from lookup_vit.preprocess import (
+  augment_ops,
   general_ops,
   image_ops,
   randaugment,
@@ -10,6 +11,7 @@ from lookup_vit.preprocess import (
 from lookup_vit.preprocess.registry import get_preprocess_fn, register
 
 __all__ = [
+  "augment_ops",
   "general_ops",
   "get_preprocess_fn",
   "image_ops",

@@ -13,42 +13,18 @@ import numpy as np
 import tensorflow as tf
 
 from lookup_vit.preprocess.registry import image_op, register
+from lookup_vit.preprocess.shared import (
+  Size,
+  assert_fits,
+  check_method,
+  height_width,
+  resize_to,
+)
 
 ImageFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
-Size = int | tuple[int, int]
 
 # Exact, and hardly slower than the others, which decoders vectorise too.
 _DCT = "INTEGER_ACCURATE"
-# The methods whose results lie between the pixels that they are made from.
-_WITHIN_RANGE = ("area", "bilinear", "nearest")
-
-
-def _height_width(size: Size) -> tuple[int, int]:
-  """Returns `size` as (height, width), or raises ValueError."""
-  pair = (size, size) if isinstance(size, int) else size
-  if (
-    not isinstance(pair, tuple | list)
-    or len(pair) != 2
-    or not all(isinstance(n, int) and n > 0 for n in pair)
-  ):
-    raise ValueError(
-      f"wanted a positive integer or a pair (height, width), got {size!r}"
-    )
-  return tuple(pair)
-
-
-def _resize(image, size, method, antialias):
-  """Resizes without a change of dtype; fractions are cut off, not rounded."""
-  dtype = image.dtype
-  image = tf.image.resize(image, size, method=method, antialias=antialias)
-  if dtype != tf.uint8 or method not in _WITHIN_RANGE:
-    image = tf.clip_by_value(image, dtype.min, dtype.max)
-  return tf.cast(image, dtype)
-
-
-def _check_method(method):
-  if method not in tf.image.ResizeMethod.__dict__.values():
-    raise ValueError(f"tf.image.resize has no method {method!r}")
 
 
 def _decode(content, channels):
@@ -113,9 +89,9 @@ def resize(
   Returns:
     An op from [h, w, c] to [height, width, c] of the same dtype.
   """
-  size = _height_width(size)
-  _check_method(method)
-  return lambda image, seed: _resize(image, size, method, antialias)
+  size = height_width(size)
+  check_method(method)
+  return lambda image, seed: resize_to(image, size, method, antialias)
 
 
 @register("resize_small")
@@ -133,14 +109,14 @@ def resize_small(
   Returns:
     An op from [h, w, c] to an image of the same dtype.
   """
-  _height_width(smaller_size)
-  _check_method(method)
+  height_width(smaller_size)
+  check_method(method)
 
   def fn(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     del seed
     size = tf.cast(tf.shape(image)[:2], tf.float32)
     size = tf.round(size * (smaller_size / tf.reduce_min(size)))
-    return _resize(image, tf.cast(size, tf.int32), method, antialias)
+    return resize_to(image, tf.cast(size, tf.int32), method, antialias)
 
   return fn
 
@@ -160,7 +136,7 @@ def _sample_crop(size, seed, area_min, area_max, ratio_min, ratio_max):
 
 
 def _check_inception_crop(area_min, area_max, ratio_min, ratio_max, method):
-  _check_method(method)
+  check_method(method)
   if not 0 < area_min <= area_max <= 100:
     raise ValueError(
       "wanted 0 < area_min <= area_max <= 100 (percent), got "
@@ -201,7 +177,7 @@ def inception_crop(
   """
   bounds = (area_min, area_max, ratio_min, ratio_max)
   _check_inception_crop(*bounds, resize_method)
-  size = None if size is None else _height_width(size)
+  size = None if size is None else height_width(size)
 
   def fn(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     top, left, height, width = tf.unstack(
@@ -209,7 +185,7 @@ def inception_crop(
     )
     crop = image[top : top + height, left : left + width]
     return (
-      crop if size is None else _resize(crop, size, resize_method, antialias)
+      crop if size is None else resize_to(crop, size, resize_method, antialias)
     )
 
   return fn
@@ -248,7 +224,7 @@ def decode_jpeg_and_inception_crop(
   """
   bounds = (area_min, area_max, ratio_min, ratio_max)
   _check_inception_crop(*bounds, resize_method)
-  size = None if size is None else _height_width(size)
+  size = None if size is None else height_width(size)
 
   def fn(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     def crop_jpeg():
@@ -268,21 +244,10 @@ def decode_jpeg_and_inception_crop(
       crop = crop_other()
     crop = tf.ensure_shape(crop, [None, None, 3])
     return (
-      crop if size is None else _resize(crop, size, resize_method, antialias)
+      crop if size is None else resize_to(crop, size, resize_method, antialias)
     )
 
   return fn
-
-
-def _assert_fits(image, size, op):
-  return tf.debugging.assert_greater_equal(
-    tf.shape(image)[:2],
-    size,
-    message=(
-      f"{op}: the image's height and width, x, are less than the crop's, y; "
-      "resize or pad it first"
-    ),
-  )
 
 
 @register("central_crop")
@@ -297,11 +262,11 @@ def central_crop(crop_size: Size) -> ImageFn:
     An op from [h, w, c] to [height, width, c]. It raises
     tf.errors.InvalidArgumentError, with both sizes, if the image is smaller.
   """
-  height, width = _height_width(crop_size)
+  height, width = height_width(crop_size)
 
   def fn(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     del seed
-    fits = _assert_fits(image, (height, width), "central_crop")
+    fits = assert_fits(image, (height, width), "central_crop")
     with tf.control_dependencies([fits]):
       shape = tf.shape(image)
       top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
@@ -323,10 +288,10 @@ def random_crop(crop_size: Size) -> ImageFn:
     An op from [h, w, c] to [height, width, c]. It raises
     tf.errors.InvalidArgumentError, with both sizes, if the image is smaller.
   """
-  size = _height_width(crop_size)
+  size = height_width(crop_size)
 
   def fn(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    with tf.control_dependencies([_assert_fits(image, size, "random_crop")]):
+    with tf.control_dependencies([assert_fits(image, size, "random_crop")]):
       return tf.image.stateless_random_crop(
         image, (*size, image.shape[-1]), seed
       )
@@ -346,7 +311,7 @@ def pad(size: Size, value: int = 0) -> ImageFn:
   Returns:
     An op from [h, w, c] to [max(h, height), max(w, width), c].
   """
-  size = _height_width(size)
+  size = height_width(size)
 
   def fn(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     del seed

@@ -16,6 +16,13 @@ recipes tuned with them are to give the same training:
 
 One thing differs from there: the blur of Sharpness is exact, where rounding
 in the original can lose 1 before the blend.
+
+A clip, [height, width, frames * 3], is augmented as ViViT's are
+(`distort_image_with_randaugment` in scenic's scenic/dataset_lib/video_ops.py):
+all frames draw the same, and what an op looks up in an image, it looks up in
+all frames together: AutoContrast the darkest and the brightest value, Equalize
+the histogram, Contrast the area. Sharpness treats each frame by itself, where
+the code there blurs the last rows of one with the first ones of the next.
 """
 
 import functools
@@ -25,6 +32,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from lookup_vit.preprocess.registry import image_op, register
+from lookup_vit.preprocess.shared import check_clip
 
 _MAX_LEVEL = 10
 _ROTATE_DEGREES = 30
@@ -32,6 +40,7 @@ _SHEAR = 0.3
 _TRANSLATE_PIXELS = 100
 _CUTOUT_PIXELS = 40
 _GREY = 128
+_GEOMETRIC = ("Rotate", "Shear", "Translate")
 
 ImageFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
@@ -44,18 +53,17 @@ def blend(degenerate: tf.Tensor, image: tf.Tensor, factor: float) -> tf.Tensor:
 
 
 def _rows(image):
-  """Views [h, w, 3] as [h, 3 w]; with `_row`, much the faster to broadcast."""
-  shape = tf.shape(image)
-  return tf.reshape(image, [shape[0], 3 * shape[1]])
+  """Views [h, w, c] as [h, c w]; with `_row`, much the faster to broadcast."""
+  return tf.reshape(image, [tf.shape(image)[0], -1])
 
 
-def _row(channels, image):
-  """Repeats a value for each channel along a row of `_rows(image)`."""
-  return tf.tile(channels, tf.shape(image)[1:2])
+def _row(colors, image):
+  """Repeats a value for each of three colours along a row of `_rows(image)`."""
+  return tf.tile(colors, [tf.shape(image)[1] * (image.shape[-1] // 3)])
 
 
 def auto_contrast(image: tf.Tensor) -> tf.Tensor:
-  """Stretches each channel to [0, 255]; one of a single value stays."""
+  """Stretches each colour to [0, 255]; one of a single value stays."""
   pixels = tf.cast(_rows(image), tf.float32)
   low = tf.reduce_min(tf.reshape(tf.reduce_min(pixels, 0), [-1, 3]), 0)
   high = tf.reduce_max(tf.reshape(tf.reduce_max(pixels, 0), [-1, 3]), 0)
@@ -67,21 +75,21 @@ def auto_contrast(image: tf.Tensor) -> tf.Tensor:
 
 
 def equalize(image: tf.Tensor) -> tf.Tensor:
-  """Flattens the histogram of each channel, as PIL does."""
-  # Channels one after another in one histogram, and one table.
+  """Flattens the histogram of each colour, as PIL does."""
+  # Colours one after another in one histogram, and one table.
   offsets = _row(tf.constant([0, 256, 512]), image)
   index = tf.reshape(tf.cast(_rows(image), tf.int32) + offsets, [-1])
   counts = tf.raw_ops.DenseBincount(
     input=index, size=3 * 256, weights=tf.zeros([0], tf.int32)
   )
   counts = tf.reshape(counts, [3, 256])
-  # The step leaves out the pixels of the channel's brightest value.
+  # The step leaves out the pixels of the colour's brightest value.
   brightest = tf.reduce_max(tf.where(counts > 0, tf.range(256), 0), axis=1)
   last = tf.gather(counts, brightest, axis=1, batch_dims=1)
   step = (tf.reduce_sum(counts, axis=1) - last)[:, None] // 255
   below = tf.cumsum(counts, axis=1, exclusive=True)
   table = tf.minimum((below + step // 2) // tf.maximum(step, 1), 255)
-  # Too few pixels for a step: the channel stays.
+  # Too few pixels for a step: the colour stays.
   table = tf.where(step == 0, tf.range(256), table)
   table = tf.reshape(tf.cast(table, tf.uint8), [-1])
   return tf.reshape(tf.gather(table, index), tf.shape(image))
@@ -134,11 +142,12 @@ def brightness(image: tf.Tensor, factor: float) -> tf.Tensor:
 
 def sharpness(image: tf.Tensor, factor: float) -> tf.Tensor:
   """Blends with a 3x3 blur; the pixels at the border stay."""
-  # Rows of 3 w numbers: the next pixel is 3 further.
+  # Rows of c w numbers: the next pixel is c further.
   pixels = tf.cast(_rows(image), tf.float32)
+  c = image.shape[-1]
   total = pixels[:-2] + pixels[1:-1] + pixels[2:]
-  total = total[:, :-6] + total[:, 3:-3] + total[:, 6:]
-  total += 4 * pixels[1:-1, 3:-3]
+  total = total[:, : -2 * c] + total[:, c:-c] + total[:, 2 * c :]
+  total += 4 * pixels[1:-1, c:-c]
   # Whole numbers up to here, so that equal pixels give exactly their value.
   inner = image[1:-1, 1:-1]
   blurred = tf.reshape(tf.floor(total / 13), tf.shape(inner))
@@ -177,7 +186,7 @@ def shear(image: tf.Tensor, amount: tf.Tensor, axis: int) -> tf.Tensor:
   """Moves row y to the left (axis 1), or column y up (axis 0), by amount * y.
 
   Args:
-    image: uint8 [height, width, 3].
+    image: uint8 [height, width, channels].
     amount: pixels from one row or column to the next, of either sign.
     axis: 0 or 1.
 
@@ -193,8 +202,9 @@ def shear(image: tf.Tensor, amount: tf.Tensor, axis: int) -> tf.Tensor:
   index = row * width + moved if axis else moved * width + column
   # The pixel after the last is the grey one.
   index = tf.where(inside, index, height * width)
-  grey = tf.constant(_GREY, tf.uint8, [1, 3])
-  pixels = tf.concat([tf.reshape(image, [-1, 3]), grey], axis=0)
+  channels = image.shape[-1]
+  grey = tf.constant(_GREY, tf.uint8, [1, channels])
+  pixels = tf.concat([tf.reshape(image, [-1, channels]), grey], axis=0)
   return tf.gather(pixels, index)
 
 
@@ -208,9 +218,9 @@ def translate(image: tf.Tensor, pixels: tf.Tensor, axis: int) -> tf.Tensor:
   image = image[:, kept] if axis else image[kept]
 
   def grey(count):
-    shape = tf.shape(image)
-    shape = [shape[0], count, 3] if axis else [count, shape[1], 3]
-    return tf.fill(shape, tf.constant(_GREY, tf.uint8))
+    height, width, channels = tf.unstack(tf.shape(image))
+    shape = [height, count] if axis else [count, width]
+    return tf.fill([*shape, channels], tf.constant(_GREY, tf.uint8))
 
   return tf.concat([grey(before), image, grey(after)], axis)
 
@@ -234,7 +244,8 @@ def cutout(image: tf.Tensor, half: int, seed: tf.Tensor) -> tf.Tensor:
   top, left = tf.unstack(tf.maximum(centre - half, 0))
   bottom, right = tf.unstack(tf.minimum(centre + half, size))
   rows = image[top:bottom]
-  grey = tf.fill([bottom - top, right - left, 3], tf.constant(_GREY, tf.uint8))
+  shape = [bottom - top, right - left, image.shape[-1]]
+  grey = tf.fill(shape, tf.constant(_GREY, tf.uint8))
   rows = tf.concat([rows[:, :left], grey, rows[:, right:]], axis=1)
   return tf.concat([image[:top], rows, image[bottom:]], axis=0)
 
@@ -259,8 +270,8 @@ def ops_at(magnitude: float) -> dict[str, ImageFn]:
     magnitude: at least 0.
 
   Returns:
-    Functions from (uint8 [h, w, 3], seed) to the same shape and dtype, by
-    name, in the original's order.
+    Functions from (uint8 [h, w, frames * 3], seed) to the same shape and
+    dtype, by name, in the original's order.
   """
   level = magnitude / _MAX_LEVEL
   factor = 1.8 * level + 0.1
@@ -302,16 +313,21 @@ def ops_at(magnitude: float) -> dict[str, ImageFn]:
 
 @register("randaug")
 @image_op
-def randaug(num_layers: int = 2, magnitude: float = 10) -> ImageFn:
+def randaug(
+  num_layers: int = 2, magnitude: float = 10, geometric: bool = True
+) -> ImageFn:
   """Applies `num_layers` random ops in turn, each at the same magnitude.
 
   Args:
     num_layers: N in the paper.
     magnitude: M in the paper. See `ops_at`.
+    geometric: whether Rotate, ShearX, ShearY, TranslateX and TranslateY are
+      among the ops. If not, one that does nothing is: ViViT's choice of ops.
 
   Returns:
-    An op from a uint8 image [height, width, 3] to the same shape and dtype.
-    It raises ValueError for another dtype or number of channels.
+    An op from a uint8 image [height, width, 3], or clip [height, width,
+    frames * 3], to the same shape and dtype. It raises ValueError for another
+    dtype or number of channels.
 
   Raises:
     ValueError: if an argument is negative or not a number.
@@ -320,15 +336,14 @@ def randaug(num_layers: int = 2, magnitude: float = 10) -> ImageFn:
     raise ValueError(f"wanted num_layers of at least 0, got {num_layers!r}")
   if not isinstance(magnitude, int | float) or magnitude < 0:
     raise ValueError(f"wanted a magnitude of at least 0, got {magnitude!r}")
-  ops = list(ops_at(magnitude).values())
+  ops = ops_at(magnitude)
+  if not geometric:
+    ops = {k: v for k, v in ops.items() if not k.startswith(_GEOMETRIC)}
+    ops["Identity"] = lambda image, seed: image
+  ops = list(ops.values())
 
   def fn(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    if image.dtype != tf.uint8 or image.shape.rank != 3 or image.shape[-1] != 3:
-      raise ValueError(
-        "randaug wants a uint8 image [height, width, 3], got "
-        f"{image.dtype.name} of shape {image.shape}; put it after decode and "
-        "before value_range"
-      )
+    check_clip(image, "randaug")
     shape = image.shape
     for layer in range(num_layers):
       layer_seed = tf.random.experimental.stateless_fold_in(seed, layer)

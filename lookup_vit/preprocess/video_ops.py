@@ -9,7 +9,13 @@ treats them and unfolds them:
 In between, a clip is an image of many channels, [height, width, frames * 3],
 frame by frame. So an image op that treats all channels alike draws once and
 does the same to all frames: resizes, crops, `pad`, `flip_lr`, and `value_range`
-with one number for all channels.
+with one number for all channels. `randaug` knows clips.
+
+To evaluate several views of a video, clips of it and crops of these, they stand
+in the channels one after another:
+
+  temporal_views(32, 2, 4)|decode_clip|resize_small(256)|spatial_views(224, 3)
+  |unfold_views(32)
 """
 
 import tensorflow as tf
@@ -21,6 +27,7 @@ from lookup_vit.preprocess.registry import (
   image_op,
   register,
 )
+from lookup_vit.preprocess.shared import Size, assert_fits, height_width
 
 # As for images.
 _DCT = "INTEGER_ACCURATE"
@@ -46,7 +53,11 @@ def _get_video(data):
 
 
 def _pick(data, op, frames, stride, first):
-  """Picks frames from `first(last)` on, `last` being the last that fits."""
+  """Picks frames from `first(last)` on, `last` being the last that fits.
+
+  `first(last)` is a number, or an array of them, of clips that are then put one
+  after another.
+  """
   video = _get_video(data)
   length = tf.shape(video)[0]
   some = tf.debugging.assert_positive(
@@ -54,8 +65,8 @@ def _pick(data, op, frames, stride, first):
   )
   with tf.control_dependencies([some]):
     start = first(tf.maximum(length - (frames - 1) * stride - 1, 0))
-    indices = (start + stride * tf.range(frames)) % length
-  return {**data, "video": tf.gather(video, indices)}
+    indices = (start[..., None] + stride * tf.range(frames)) % length
+  return {**data, "video": tf.gather(video, tf.reshape(indices, [-1]))}
 
 
 @register("sample_clip")
@@ -112,6 +123,41 @@ def central_clip(frames: int, stride: int = 1) -> PreprocessFn:
   return fn
 
 
+@register("temporal_views")
+def temporal_views(frames: int, stride: int, count: int) -> PreprocessFn:
+  """Picks several clips, evenly spaced over the video.
+
+  The first begins with the video's first frame and the last ends with its last
+  one; a single one is `central_clip`. This is the rule of DMVR, scenic's reader
+  of videos (`sample_linspace_sequence` in dmvr/processors.py of
+  github.com/google-deepmind/dmvr), but that its last clip ends `stride - 1`
+  frames before the end. Of a video too short for a clip, all are the same.
+
+  Args:
+    frames: length of a clip; as in `sample_clip`, also for a video too short.
+    stride: see there.
+    count: number of clips.
+
+  Returns:
+    An op as that of `sample_clip`, but to [count * frames, ...], clip by clip.
+
+  Raises:
+    ValueError: if an argument is not a positive integer.
+  """
+  _check_counts(frames=frames, stride=stride, count=count)
+
+  def first(last):
+    if count == 1:
+      return last // 2
+    return tf.range(count) * last // (count - 1)
+
+  def fn(data: Data, seed: tf.Tensor) -> Data:
+    del seed
+    return _pick(data, "temporal_views", frames, stride, first)
+
+  return fn
+
+
 @register("decode_clip")
 def decode_clip() -> PreprocessFn:
   """Decodes a clip's frames, JPEG or PNG, and folds time into the channels.
@@ -129,8 +175,8 @@ def decode_clip() -> PreprocessFn:
     video = _get_video(data)
     if video.shape[0] is None:
       raise ValueError(
-        "decode_clip wants a fixed number of frames: put sample_clip(FRAMES) "
-        "or central_clip(FRAMES) before it"
+        "decode_clip wants a fixed number of frames: put sample_clip(FRAMES), "
+        "central_clip(FRAMES) or temporal_views before it"
       )
     frames = tf.unstack(video)
     if video.dtype == tf.string:
@@ -190,5 +236,88 @@ def unfold_clip(frames: int) -> ImageFn:
     size = tf.unstack(tf.shape(image)[:2])
     clip = tf.transpose(tf.reshape(image, [*size, frames, depth]), [2, 0, 1, 3])
     return tf.ensure_shape(clip, [frames, height, width, depth])
+
+  return fn
+
+
+@register("spatial_views")
+@image_op
+def spatial_views(crop_size: Size, count: int = 3) -> ImageFn:
+  """Crops several times, evenly spaced along the side with more room.
+
+  Of a square crop this is the longer side: the first crop is at the left or
+  top, the last at the right or bottom. A single one is `central_crop`, and so
+  is the middle one of three. It is how SlowFast (arXiv:1812.03982) and ViViT
+  (arXiv:2103.15691) evaluate, see `three_spatial_crops` in scenic's
+  scenic/dataset_lib/video_ops.py; where the room is odd, the middle there is a
+  pixel further.
+
+  Args:
+    crop_size: side of a square, or (height, width).
+    count: number of crops.
+
+  Returns:
+    An op from [h, w, c] to [height, width, count * c], crop by crop. It raises
+    tf.errors.InvalidArgumentError, with both sizes, if the image is smaller.
+
+  Raises:
+    ValueError: if an argument is not positive.
+  """
+  height, width = height_width(crop_size)
+  _check_counts(count=count)
+
+  def place(i, room):
+    return room * i // (count - 1) if count > 1 else room // 2
+
+  def fn(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    del seed
+    fits = assert_fits(image, (height, width), "spatial_views")
+    with tf.control_dependencies([fits]):
+      rows, columns = tf.unstack(tf.shape(image)[:2] - [height, width])
+    crops = []
+    for i in range(count):
+      top = tf.where(rows > columns, place(i, rows), rows // 2)
+      left = tf.where(rows > columns, columns // 2, place(i, columns))
+      crop = image[top : top + height, left : left + width]
+      crops.append(tf.ensure_shape(crop, [height, width, image.shape[-1]]))
+    return tf.concat(crops, axis=-1)
+
+  return fn
+
+
+@register("unfold_views")
+@image_op
+def unfold_views(frames: int) -> ImageFn:
+  """Takes views and time out of the channels: the last of the ops on views.
+
+  After `temporal_views(frames, stride, t)` and `spatial_views(size, s)`, view
+  `i * t + j` is crop i of clip j.
+
+  Args:
+    frames: length of a clip.
+
+  Returns:
+    An op from [h, w, views * frames * 3] to [views, frames, h, w, 3] of the
+    same dtype. It raises ValueError if the channels are not a multiple of
+    `3 * frames`.
+
+  Raises:
+    ValueError: if `frames` is not a positive integer.
+  """
+  _check_counts(frames=frames)
+
+  def fn(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    del seed
+    height, width, channels = image.shape
+    if channels is None or channels % (3 * frames):
+      raise ValueError(
+        f"unfold_views({frames}) wants a multiple of 3 * {frames} channels, "
+        f"got an image of shape {image.shape}"
+      )
+    views = channels // (3 * frames)
+    size = tf.unstack(tf.shape(image)[:2])
+    clips = tf.reshape(image, [*size, views, frames, 3])
+    clips = tf.transpose(clips, [2, 3, 0, 1, 4])
+    return tf.ensure_shape(clips, [views, frames, height, width, 3])
 
   return fn

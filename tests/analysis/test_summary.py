@@ -58,6 +58,7 @@ def test_results_by_evaluator_and_grid(program):
       split=split,
       parameters=cost.params,
       gflops=cost.xla_flops / 1e9,
+      views=1,
       **values,
     )
 
@@ -79,6 +80,7 @@ def test_results_without_a_grid():
     trained_grids=[],
     parameters=cost.params,
     gflops=cost.xla_flops / 1e9,
+    views=1,
   )
   assert rows == [
     dict(same, split="test", top1=0.5),
@@ -101,6 +103,19 @@ def test_variant_names_what_the_config_changes(monkeypatch, fields, variant):
   monkeypatch.setattr(flops, "cost", lambda *args: flops.Cost(1, 1.0, 1.0))
   (row,) = summary.results(program_of("vit", **fields), {"test/top1": 0.5})
   assert row["variant"] == variant
+
+
+def test_views_of_an_evaluator():
+  program = program_of("vit")
+  with program.config.unlocked():
+    program.config.evals.test.views = 12
+  row, other = summary.results(program, {"test/top1": 0.5, "val/top1": 0.25})
+  assert (row["views"], other["views"]) == (12, 1)
+  # The cost is still that of one.
+  assert row["gflops"] == other["gflops"]
+  lines = accuracy_vs_flops.table([row, other]).splitlines()
+  cells = [line.split(" | ")[3] for line in lines[2:]]
+  assert cells[0] == f"{cells[1]} x 12"
 
 
 def test_no_metrics_are_no_rows(program):

@@ -287,8 +287,71 @@ def test_same_seed_same_bits():
     np.testing.assert_array_equal(graph(image, seed), want)
 
 
+# --- Clips
+
+# Frames that differ: [frames, height, width, 3], and as an image.
+FRAMES = np.stack([PHOTO, PHOTO[::-1], PHOTO // 2, 255 - PHOTO[:, ::-1]])
+CLIP = FRAMES.transpose(1, 2, 0, 3).reshape(*PHOTO.shape[:2], -1)
+
+
+def unfolded(clip):
+  return clip.reshape(*PHOTO.shape[:2], len(FRAMES), 3).transpose(2, 0, 1, 3)
+
+
+@pytest.mark.parametrize("magnitude", [3, 15, 20])
+@pytest.mark.parametrize("name", ra.ops_at(0))
+def test_all_frames_of_a_clip_alike(name, magnitude):
+  # In these all frames count as one image, which is then as tall.
+  is_of_the_clip = name in ("AutoContrast", "Equalize", "Contrast")
+  for s in range(4):
+    got = unfolded(run(name, magnitude, CLIP, [s, 0]))
+    if is_of_the_clip:
+      tall = run(name, magnitude, FRAMES.reshape(-1, *PHOTO.shape[1:]), [s, 0])
+      want = tall.reshape(FRAMES.shape)
+    else:
+      want = [run(name, magnitude, frame, [s, 0]) for frame in FRAMES]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_clip_draws_as_one_of_its_frames_does():
+  fn = get_preprocess_fn("randaug(2, 15)")
+  same = 0
+  for s in range(12):
+    got = fn({"image": tf.constant(CLIP)}, [s, 3])["image"]
+    assert got.shape == CLIP.shape
+    frames = [fn({"image": tf.constant(f)}, [s, 3])["image"] for f in FRAMES]
+    same += np.array_equal(unfolded(got.numpy()), frames)
+  # All but those in which AutoContrast, Equalize or Contrast was drawn.
+  assert 4 <= same < 12
+
+
+def test_ops_of_vivit():
+  image = load_sample_images().images[1][100:270, 200:380]
+  known = versions(7, image)
+  names = {n for n in known.values() if n.startswith(("Rot", "Sh", "Tr"))}
+  names.remove("Sharpness")
+  assert len(names) == 5
+  known[image.tobytes()] = "Identity"
+  counts = dict.fromkeys([*ra.ops_at(7), "Identity"], 0)
+  fn = get_preprocess_fn("randaug(1, 7, geometric=False)")
+  dataset = tf.data.Dataset.range(360).map(
+    lambda i: fn({"image": tf.constant(image)}, tf.stack([i, 5]))["image"]
+  )
+  for result in dataset.as_numpy_iterator():
+    counts[known.get(result.tobytes(), "Cutout")] += 1
+  # 30 are expected of each of the twelve.
+  for name, count in counts.items():
+    assert count == 0 if name in names else 3 <= count <= 57, (name, counts)
+
+
 @pytest.mark.parametrize(
-  "image", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 1), np.uint8)]
+  "image",
+  [
+    np.zeros((4, 4, 3), np.float32),
+    np.zeros((4, 4, 1), np.uint8),
+    np.zeros((4, 4, 4), np.uint8),
+    np.zeros((2, 4, 4, 3), np.uint8),
+  ],
 )
 def test_wants_uint8_with_3_channels(image):
   with pytest.raises(ValueError, match="randaug wants a uint8 image"):

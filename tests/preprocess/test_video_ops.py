@@ -104,14 +104,49 @@ def test_decoded_frames_and_other_features(pp):
   assert got["label"] == 3
 
 
-@pytest.mark.parametrize("op", ["sample_clip", "central_clip"])
+@pytest.mark.parametrize(
+  ("pp", "count", "want"),
+  [
+    (
+      "temporal_views(3, 1, 4)",
+      9,
+      [[0, 1, 2], [2, 3, 4], [4, 5, 6], [6, 7, 8]],
+    ),
+    ("temporal_views(3, 2, 3)", 11, [[0, 2, 4], [3, 5, 7], [6, 8, 10]]),
+    ("temporal_views(3, 2, 2)", 6, [[0, 2, 4], [1, 3, 5]]),
+    ("temporal_views(2, 1, 4)", 3, [[0, 1], [0, 1], [0, 1], [1, 2]]),
+    # Too short: all the same.
+    ("temporal_views(3, 2, 3)", 4, [[0, 2, 0]] * 3),
+    ("temporal_views(2, 1, 3)", 1, [[0, 0]] * 3),
+  ],
+)
+def test_clips_of_views_are_evenly_spaced(pp, count, want):
+  assert picked(pp, count) == [i for clip in want for i in clip]
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 12, 40])
+def test_views_against_their_rule(count):
+  for frames, stride, clips in [(4, 1, 4), (3, 3, 7), (5, 2, 2), (6, 2, 1)]:
+    last = max(count - (frames - 1) * stride - 1, 0)
+    # As in DMVR: evenly spaced numbers without their fractions.
+    starts = np.linspace(0, last, clips) if clips > 1 else [last // 2]
+    starts = np.floor(np.asarray(starts) + 1e-6).astype(int)
+    want = [(s + stride * i) % count for s in starts for i in range(frames)]
+    assert picked(f"temporal_views({frames}, {stride}, {clips})", count) == want
+  central = picked("central_clip(4, 2)", count)
+  assert picked("temporal_views(4, 2, 1)", count) == central
+
+
+@pytest.mark.parametrize(
+  "op", ["sample_clip(2)", "central_clip(2)", "temporal_views(2, 1, 3)"]
+)
 @pytest.mark.parametrize(
   "video", [np.zeros([0], object), np.zeros((0, 4, 4, 3), np.uint8)]
 )
 def test_no_frames(op, video):
-  fn = get_preprocess_fn(f"{op}(2)")
+  fn = get_preprocess_fn(op)
   video = tf.constant(video, tf.string if video.ndim == 1 else tf.uint8)
-  match = f"{op}: the video has no frames"
+  match = f"{op.partition('(')[0]}: the video has no frames"
   with pytest.raises(tf.errors.InvalidArgumentError, match=match):
     fn({"video": video}, SEED)
   # As the input runs it.
@@ -231,6 +266,84 @@ def test_the_shape_is_known_before_anything_is_read():
   assert graph.structured_outputs["image"].shape == (4, 6, 5, 3)
 
 
+# --- Views
+
+
+def crops(image, height, width, count):
+  """NumPy's version of `spatial_views`: [count, height, width, c]."""
+  rows, columns = image.shape[0] - height, image.shape[1] - width
+  found = []
+  for i in range(count):
+    share = i / (count - 1) if count > 1 else 0.5
+    top = int(rows * (share if rows > columns else 0.5))
+    left = int(columns * (0.5 if rows > columns else share))
+    found.append(image[top : top + height, left : left + width])
+  return np.stack(found)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+  ("size", "crop"),
+  [
+    ((47, 61), (40, 40)),
+    ((61, 47), (40, 40)),
+    ((50, 50), (41, 41)),
+    ((47, 47), (47, 47)),
+    ((60, 61), (30, 40)),
+  ],
+)
+def test_crops_of_views(size, crop, count):
+  image = np.random.default_rng(0).integers(0, 256, (*size, 4), np.uint8)
+  got = apply(f"spatial_views({crop}, {count})", image=image)["image"]
+  assert got.shape == (*crop, count * 4)
+  got = got.numpy().reshape(*crop, count, 4).transpose(2, 0, 1, 3)
+  np.testing.assert_array_equal(got, crops(image, *crop, count))
+  central = apply(f"central_crop({crop})", image=image)["image"]
+  if count % 2:
+    np.testing.assert_array_equal(got[count // 2], central)
+
+
+def test_crops_of_views_must_fit():
+  image = np.zeros((20, 30, 3), np.uint8)
+  with pytest.raises(tf.errors.InvalidArgumentError, match="spatial_views"):
+    apply("spatial_views(24)", image=image)
+
+
+@pytest.mark.parametrize("size", [(47, 61), (61, 47)])
+def test_views_are_ordered_by_crop_and_then_by_clip(size):
+  video = pictures(9, *size)
+  pp = "temporal_views(3, 2, 2)|decode_clip|spatial_views(40)|unfold_views(3)"
+  got = apply(pp, video=video, label=3)
+  assert got["label"] == 3
+  assert got["image"].shape == (6, 3, 40, 40, 3)
+  view = 0
+  for crop in range(3):
+    for start in (0, 4):
+      want = [
+        crops(frame, 40, 40, 3)[crop] for frame in video[start : start + 5 : 2]
+      ]
+      np.testing.assert_array_equal(got["image"][view], want)
+      view += 1
+
+
+def test_one_view_is_the_central_clip():
+  video = encode(pictures(9))
+  views = "temporal_views(3, 2, 1)|decode_clip|spatial_views(40, 1)"
+  clip = "central_clip(3, 2)|decode_clip|central_crop(40)|unfold_clip(3)"
+  got = apply(f"{views}|unfold_views(3)", video=video)["image"]
+  np.testing.assert_array_equal(got[0], apply(clip, video=video)["image"])
+
+
+def test_the_shape_of_views_is_known_before_anything_is_read():
+  spec = {"video": tf.TensorSpec([None], tf.string)}
+  fn = get_preprocess_fn(
+    "temporal_views(4, 2, 2)|decode_clip|resize_small(9)|spatial_views((6, 5))"
+    "|unfold_views(4)|value_range(-1, 1)"
+  )
+  graph = tf.function(lambda data: fn(data, SEED)).get_concrete_function(spec)
+  assert graph.structured_outputs["image"].shape == (6, 4, 6, 5, 3)
+
+
 # --- What is refused
 
 
@@ -242,6 +355,12 @@ def test_the_shape_is_known_before_anything_is_read():
     ("central_clip(2.0)", r"positive integer as frames, got 2\.0"),
     ("central_clip(True)", "positive integer as frames, got True"),
     ("still_clip(0)", "positive integer as frames, got 0"),
+    ("temporal_views(4, 0, 3)", "positive integer as stride, got 0"),
+    ("temporal_views(4, 1, 0)", "positive integer as count, got 0"),
+    ("temporal_views(4, 1)", "missing a required argument: 'count'"),
+    ("spatial_views(0)", "positive integer or a pair"),
+    ("spatial_views(8, 0)", "positive integer as count, got 0"),
+    ("unfold_views(0)", "positive integer as frames, got 0"),
     ("unfold_clip('4')", "positive integer as frames, got '4'"),
     ("sample_clip", "missing a required argument"),
   ],
@@ -271,3 +390,9 @@ def test_decode_clip_wants_a_clip():
 def test_unfold_clip_wants_channels_that_fit():
   with pytest.raises(ValueError, match=r"multiple of 4 channels.*\(5, 6, 9\)"):
     apply("unfold_clip(4)", image=np.zeros((5, 6, 9), np.uint8))
+
+
+def test_unfold_views_wants_whole_clips():
+  for channels in (13, 15):
+    with pytest.raises(ValueError, match=rf"3 \* 4 channels.*6, {channels}\)"):
+      apply("unfold_views(4)", image=np.zeros((5, 6, channels), np.uint8))

@@ -1,0 +1,171 @@
+"""Your own videos, in folders of classes, as JPEG frames.
+
+    FOLDER/SPLIT/CLASS/*.mp4 (.webm, .mkv, .avi, .mov)
+
+Name it in a config as `dict(module="data.video_folder", folder=FOLDER,
+split=SPLIT)`: it is built on first use, and again when the folder has changed.
+"""
+
+import csv
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from data import video_builder, video_frames
+
+_DESCRIPTION = """\
+Videos of a folder of folders of classes, as JPEG frames. `video_id` is the
+video's path below the folder of its split. `missing_videos.tsv`, beside the
+data, lists the videos that could not be read.
+"""
+
+_WANTED = (
+  "wanted the layout FOLDER/SPLIT/CLASS/*.mp4 "
+  f"({', '.join(e for e in video_frames.EXTENSIONS if e != '.mp4')})"
+)
+
+
+class Video(NamedTuple):
+  """A video of a folder.
+
+  Attributes:
+    parts: the names along its path below the folder.
+    path: where it is.
+    size: in bytes.
+    changed: when it was, as precisely as the file system says.
+  """
+
+  parts: tuple[str, ...]
+  path: epath.Path
+  size: int
+  changed: int
+
+
+def list_folder(folder: str) -> list[Video]:
+  """Lists the videos of a folder FOLDER/SPLIT/CLASS/*.mp4.
+
+  Other files are ignored, and so are names that begin with a dot.
+
+  Raises:
+    ValueError: there is no folder, no video in it, a video in another place, or
+      a split that TFDS could not name.
+  """
+  root = epath.Path(os.path.expanduser(folder))
+  if not folder or not root.is_dir():
+    raise ValueError(f"{folder!r} is no directory; {_WANTED}")
+  videos = sorted(_walk(root, ()))
+  if not videos:
+    found = sorted(path.name for path in root.iterdir())
+    more = ", ..." if len(found) > 10 else ""
+    raise ValueError(
+      f"{folder} holds no videos; {_WANTED}; found "
+      f"{', '.join(found[:10]) or 'nothing'}{more}"
+    )
+  misplaced = ["/".join(v.parts) for v in videos if len(v.parts) != 3]
+  if misplaced:
+    more = ", ..." if len(misplaced) > 3 else ""
+    raise ValueError(
+      f"{len(misplaced)} of the {len(videos)} videos in {folder} are not in a "
+      f"folder SPLIT/CLASS; {_WANTED}; found {', '.join(misplaced[:3])}{more}"
+    )
+  for split in {video.parts[0] for video in videos}:
+    if not re.fullmatch(r"\w+", split, re.ASCII) or split == "all":
+      raise ValueError(
+        f"{folder}/{split} cannot be a split; wanted a name of letters, digits "
+        "and underscores, and not 'all'"
+      )
+  return videos
+
+
+def _walk(folder: epath.Path, parts: tuple[str, ...]) -> Iterator[Video]:
+  for path in folder.iterdir():
+    inner = (*parts, path.name)
+    if path.name.startswith("."):
+      continue
+    if path.suffix.lower() in video_frames.EXTENSIONS:
+      yield Video(inner, path, *_stat(path))
+    # One level more than the layout has, to find what is too deep.
+    elif len(inner) < 4 and path.is_dir():
+      yield from _walk(path, inner)
+
+
+def _stat(path):
+  if "://" in os.fspath(path):
+    stat = path.stat()
+    return stat.length, stat.mtime
+  stat = os.stat(path)  # It knows more than the second.
+  return stat.st_size, stat.st_mtime_ns
+
+
+class Builder(video_builder.VideoBuilder, skip_registration=True):
+  """Builds the set of a folder, under a name that its files decide.
+
+  Frames are evenly spaced, 25 a second, as those of `data/kinetics400` are; of
+  the first 60 seconds; with a short side of 256 pixels at most.
+
+  Args:
+    folder: FOLDER of FOLDER/SPLIT/CLASS/*.mp4.
+    **kwargs: `data_dir` and `version`, of all builders.
+
+  Raises:
+    ValueError: the layout is another, or a config was asked for.
+  """
+
+  VERSION = tfds.core.Version("1.0.0")
+  RELEASE_NOTES = {"1.0.0": "Initial release."}
+
+  def __init__(self, *, folder: str, **kwargs):
+    if kwargs.get("config"):
+      raise ValueError(f"no config {kwargs['config']!r}; there are none")
+    self._videos = list_folder(folder)
+    root = os.path.abspath(os.path.expanduser(folder))
+    root = folder if "://" in folder else root
+    listing = [root, *((*v.parts, v.size, v.changed) for v in self._videos)]
+    fingerprint = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
+    stem = re.sub("[^0-9A-Za-z]+", "_", os.path.basename(root.rstrip("/")))
+    config = video_builder.VideoConfig(
+      name=f"{stem.lower()}_{fingerprint}", fps=25.0
+    )
+    super().__init__(**{**kwargs, "config": config})
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=_DESCRIPTION,
+      features=tfds.features.FeaturesDict(
+        {
+          "video": tfds.features.Video(
+            shape=(None, None, None, 3), encoding_format="jpeg"
+          ),
+          "label": tfds.features.ClassLabel(
+            names=sorted({video.parts[1] for video in self._videos})
+          ),
+          "video_id": tfds.features.Text(),
+        }
+      ),
+      supervised_keys=("video", "label"),
+    )
+
+  def _clips(self, dl_manager: tfds.download.DownloadManager):
+    splits = {}
+    for video in self._videos:
+      split, label, name = video.parts
+      clip = video_builder.Clip(
+        f"{label}/{name}",
+        {"label": label, "video_id": f"{label}/{name}"},
+        os.fspath(video.path),
+        True,
+      )
+      splits.setdefault(split, []).append(clip)
+    return splits
+
+  def lost(self, split: str) -> dict[str, str]:
+    """Returns why videos of a split are not in the data, by their paths."""
+    report = (self.data_path / video_builder.REPORT).read_text()
+    rows = csv.DictReader(report.splitlines(), delimiter="\t")
+    return {r["file"]: r["reason"] for r in rows if r["split"] == split}
