@@ -11,6 +11,8 @@ Build it from the root of the repository with
 or name it in a config as `module="data.digits"`, which builds it on first use.
 """
 
+from typing import Any
+
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -23,7 +25,7 @@ stratified by class, with a fixed seed. It is not by writer, whom the data do
 not name: test digits may be in the hand of a training digit.
 """
 
-_CITATION = """\
+CITATION = """\
 @misc{alpaydin1998optical,
   author = {Alpaydin, E. and Kaynak, C.},
   title = {Optical Recognition of Handwritten Digits},
@@ -34,19 +36,46 @@ _CITATION = """\
 """
 
 
-def upsample(digit: np.ndarray) -> np.ndarray:
+HOMEPAGE = (
+  "https://scikit-learn.org/stable/modules/generated/"
+  "sklearn.datasets.load_digits.html"
+)
+
+
+def load() -> tuple[Any, dict[str, np.ndarray]]:
+  """Loads scikit-learn's digits, and splits them.
+
+  Returns:
+    What scikit-learn returns, with `images` `[1797, 8, 8]` and `target`
+    `[1797]`; and for each split the indices of its digits, in rising order.
+  """
+  # scikit-learn is needed to build the set, not to read it.
+  from sklearn import datasets, model_selection
+
+  digits = datasets.load_digits()
+  train, test = model_selection.train_test_split(
+    np.arange(len(digits.target)),
+    test_size=360,
+    stratify=digits.target,
+    random_state=0,
+  )
+  return digits, {"train": np.sort(train), "test": np.sort(test)}
+
+
+def upsample(digit: np.ndarray, size: int = 32) -> np.ndarray:
   """Resizes a digit, bilinearly, to an RGB image.
 
   Args:
     digit: `[8, 8]`, values 0..16.
+    size: height and width of the result.
 
   Returns:
-    uint8 `[32, 32, 3]`, the same grey in every channel.
+    uint8 `[size, size, 3]`, the same grey in every channel.
   """
   # Bilinear, because bicubic leaves halos around the strokes. Resized as
   # floats, so that the values are rounded once.
   image = Image.fromarray(digit.astype(np.float32) * np.float32(255 / 16))
-  grey = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
+  grey = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
   return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=-1)
 
 
@@ -70,25 +99,15 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         }
       ),
       supervised_keys=("image", "label"),
-      homepage="https://scikit-learn.org/stable/modules/generated/"
-      "sklearn.datasets.load_digits.html",
-      citation=_CITATION,
+      homepage=HOMEPAGE,
+      citation=CITATION,
     )
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-    # scikit-learn is needed to build the set, not to read it.
-    from sklearn import datasets, model_selection
-
-    digits = datasets.load_digits()
-    train, test = model_selection.train_test_split(
-      np.arange(len(digits.target)),
-      test_size=360,
-      stratify=digits.target,
-      random_state=0,
-    )
+    digits, splits = load()
     return {
-      "train": self._generate_examples(digits, np.sort(train)),
-      "test": self._generate_examples(digits, np.sort(test)),
+      split: self._generate_examples(digits, ids)
+      for split, ids in splits.items()
     }
 
   def _generate_examples(self, digits, ids: np.ndarray):

@@ -1,0 +1,79 @@
+r"""Multi-resolution LookupViViT on moving digits: the class is the motion.
+
+    python -m lookup_vit.train --config=configs/moving_digits_lookup.py \
+        --workdir=workdirs/moving_digits_lookup
+    python -m lookup_vit.dryrun --topology=cpu:8 \
+        --config=configs/moving_digits_lookup.py
+
+Arguments: `seed`, `epochs`, and `runlocal` for a run of seconds. `still` shows
+one frame for the whole clip, a random one in training and the eighth in
+evaluation: what a model can know without motion. `task=glyph` asks which digit
+it is instead.
+"""
+
+import ml_collections
+
+from configs import common
+
+_CLASSES = {"motion": 8, "glyph": 10}
+
+
+def get_config(arg=None):
+  arg = common.parse_arg(
+    arg, seed=0, epochs=10.0, task="motion", still=False, runlocal=False
+  )
+  if arg.task not in _CLASSES:
+    raise ValueError(
+      f"Config argument task={arg.task!r}: want one of {', '.join(_CLASSES)}."
+    )
+  module = f"data.moving_digits/{arg.task}"
+  seen = 1 if arg.still else 16
+  to_video = "unfold_clip(16)|value_range(-1,1)|keep('image','label')"
+  if arg.still:
+    to_video = f"still_clip(16)|{to_video}"
+  config = ml_collections.ConfigDict()
+
+  config.seed = arg.seed
+  config.total_epochs = arg.epochs
+  config.num_classes = _CLASSES[arg.task]
+  config.loss = "softmax_xent"
+  config.label_smoothing = 0.1
+
+  config.input = dict(
+    data=dict(module=module, split="train"),
+    pp=f"sample_clip({seen})|decode_clip|{to_video}",
+    image_size=(16, 32, 32),
+    batch_size=64,
+    shuffle_buffer_size=12_000,
+  )
+
+  config.model_name = "lookup_vit"
+  config.model = dict(variant="Ti/2x8", width=64, depth=4, num_heads=2)
+  config.model.grid = (4, 2, 2)
+  config.grids = [(2, 2, 2), (4, 2, 2), (4, 3, 3)]
+
+  config.optax_name = "adamw"
+  config.grad_clip_norm = 1.0
+  config.lr = 1e-3
+  config.wd = 1e-4
+  config.schedule = dict(warmup_percent=0.1, decay_type="cosine")
+
+  config.log_training_steps = 50
+  config.ckpt_steps = 500
+  config.evals = dict(
+    test=dict(
+      type="classification",
+      data=dict(module=module, split="test"),
+      pp_fn=f"central_clip({seen})|decode_clip|{to_video}",
+      log_steps=500,
+    )
+  )
+
+  if arg.runlocal:
+    config.model.depth = 1
+    common.run_local(config)
+    # Not on the digits that stand still.
+    config.num_classes = _CLASSES[arg.task]
+    config.input.data = dict(module=module, split="train[:64]")
+    config.evals.test.data = dict(module=module, split="test[:20]")
+  return config
