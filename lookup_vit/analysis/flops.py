@@ -43,7 +43,9 @@ def cost(model: Any, image_size: Sequence[int], grid: Any = None) -> Cost:
   """
   # XLA sees the body of a loop once, and counts a change of dtype as work:
   # count without either.
-  model = model.clone(scan=False, remat_policy="none", dtype="float32")
+  model = model.clone(
+    scan=False, remat_policy="none", dtype="float32", attention="direct"
+  )
   images = jax.ShapeDtypeStruct((1, *image_size, 3), np.float32)
   fields = {} if grid is None else {"grid": tuple(grid)}
   key = jax.eval_shape(lambda: jax.random.key(0))

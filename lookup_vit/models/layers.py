@@ -1,7 +1,6 @@
 """The layers that ViT and LookupViT share, and how blocks are repeated."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from lookup_vit.models import attention
 
 CAPTURES = ("tokens", "attention", "attention_logit_max")
 _REMAT_POLICIES = (
@@ -29,6 +30,7 @@ class LayerConfig:
   attention_dropout: float = 0.0
   stochastic_depth: float = 0.0
   qk_norm: bool = False
+  attention: str = "auto"
   gelu: str = "tanh"
   norm_eps: float = 1e-6
   dtype: Any = jnp.float32
@@ -61,6 +63,13 @@ class LayerConfig:
     for name in ("dropout", "attention_dropout", "stochastic_depth"):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f"{name}={getattr(self, name)!r}: want 0 <= rate < 1.")
+    attention.check(self.attention)
+    if self.attention_dropout and self.attention in ("chunked", "fused"):
+      raise ValueError(
+        f"attention={self.attention!r} has no attention dropout, and "
+        f"attention_dropout={self.attention_dropout}: want attention='auto' or "
+        "'direct'."
+      )
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -129,17 +138,6 @@ def merge_heads(x: Float[Array, "b n h d"]) -> Float[Array, "b n D"]:
   return x.reshape(*x.shape[:-2], -1)
 
 
-def attention_logits(
-  query: Float[Array, "b m h d"], key: Float[Array, "b n h d"]
-) -> Float[Array, "b h m n"]:
-  """Scaled dot products, accumulated and returned in float32."""
-  query = query / math.sqrt(query.shape[-1])
-  logits = jnp.einsum(
-    "bmhd,bnhd->bhmn", query, key, preferred_element_type=jnp.float32
-  )
-  return constrain(logits, "batch", "heads", None, None)
-
-
 def attention_dropout(
   cfg: LayerConfig, module: nn.Module, weights: Float[Array, "b h m n"]
 ) -> Float[Array, "b h m n"]:
@@ -169,7 +167,9 @@ class Attention(nn.Module):
   """Multi-head attention of `queries` over `memory` (self-attention: itself).
 
   Returns the projected result `[batch, m, width]` and what `cfg.capture` asks
-  for: `attention [batch, heads, m, n]`, `attention_logit_max []`.
+  for: `attention [batch, heads, m, n]`, `attention_logit_max []`. All weights
+  are held at once where they are captured or dropped, and elsewhere as
+  `cfg.attention` says.
   """
 
   cfg: LayerConfig
@@ -187,12 +187,18 @@ class Attention(nn.Module):
     if cfg.qk_norm:
       q = head_norm(cfg, "query_norm")(q)
       k = head_norm(cfg, "key_norm")(k)
-    logits = attention_logits(q, k)
-    weights = jax.nn.softmax(logits)
-    captured = captured_attention(cfg, logits, weights)
-    weights = attention_dropout(cfg, self, weights).astype(v.dtype)
-    x = merge_heads(jnp.einsum("bhmn,bnhd->bmhd", weights, v))
-    return dense(cfg, width, "out")(x), captured
+    dropped = cfg.train and cfg.attention_dropout
+    if dropped or "attention" in cfg.capture:
+      logits = attention.logits(q, k)
+      weights = jax.nn.softmax(logits)
+      captured = captured_attention(cfg, logits, weights)
+      x = attention.average(attention_dropout(cfg, self, weights), v)
+    else:
+      x, captured = attention.attend(q, k, v, cfg.attention), {}
+      if "attention_logit_max" in cfg.capture:
+        logit_max = attention.logit_max(q, k, cfg.attention)
+        captured["attention_logit_max"] = logit_max
+    return dense(cfg, width, "out")(merge_heads(x)), captured
 
 
 class Mlp(nn.Module):

@@ -116,6 +116,7 @@ class LookupViT(nn.Module):
   mhbc_heads: int | None = None  # as num_heads
   positions: str = "learned"  # or "sincos"
   qk_norm: bool = False
+  attention: str = "auto"  # "direct", "chunked", "fused": see attention.py
   dropout: float = 0.0
   attention_dropout: float = 0.0
   stochastic_depth: float = 0.0

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lookup_vit.models import layers
+from lookup_vit.models import attention, layers
 
 REUSE = ("weights", "logits", "none")
 
@@ -71,7 +71,7 @@ class MHBC(nn.Module):
     v = layers.split_heads(self.value(y), cfg.num_heads)
     if cfg.qk_norm:
       q, k = self.query_norm(q), self.key_norm(k)
-    logits = layers.attention_logits(q, k)
+    logits = attention.logits(q, k)
     weights = jax.nn.softmax(logits)
     captured = layers.captured_attention(cfg, logits, weights)
     weights = layers.attention_dropout(cfg, self, weights).astype(v.dtype)

@@ -60,6 +60,7 @@ class ViT(nn.Module):
   pool: str = "gap"  # "gap": mean, "map": attention, "tok": class token
   positions: str = "learned"  # or "sincos"
   qk_norm: bool = False
+  attention: str = "auto"  # "direct", "chunked", "fused": see attention.py
   dropout: float = 0.0
   attention_dropout: float = 0.0
   stochastic_depth: float = 0.0
