@@ -153,15 +153,18 @@ def collectives(text: str) -> dict[str, Collectives]:
       group = _group_size(instruction.text)
       if kind not in _KINDS or group == 1:
         continue
-      # The parts that one is cut into, to overlap with computing, have the
-      # number of the whole and its shape.
-      channel = re.search(r"channel_id=(\d+)", instruction.text)
-      key = channel[1] if channel else instruction.name
-      if key in seen:
-        continue
-      seen.add(key)
       size = shape_bytes(instruction.shape)
-      if name.startswith("all-reduce-scatter"):  # How TPUs do it.
+      scatters = name.startswith("all-reduce-scatter")  # How TPUs do it.
+      # The parts that one is cut into, to overlap with computing, have the
+      # number of the whole and its shape. But the compiler gives one number to
+      # all scatters and permutations that it makes itself.
+      channel = re.search(r"channel_id=(\d+)", instruction.text)
+      if channel and not scatters and kind != "collective-permute":
+        key = channel[1], instruction.opcode, instruction.shape
+        if key in seen:
+          continue
+        seen.add(key)
+      if scatters:
         kind = "reduce-scatter"
       elif kind == "reduce-scatter":
         size *= group

@@ -7,7 +7,8 @@ import pytest
 from lookup_vit.analysis import hlo
 
 # A scan of three steps as TPUs print it, with a gradient's reduction in it; a
-# gather that is cut into two parts; a reduce-scatter as TPUs do it.
+# gather that is cut into two parts; reduce-scatters as TPUs do it, which share
+# their number with each other, and with the reduction.
 PROGRAM = """\
 HloModule jit_update, is_scheduled=true
 
@@ -48,9 +49,16 @@ replica_groups=[4,4]<=[16], dimensions={0}
 
 %all-reduce-scatter (input: f32[32,10]) -> f32[8,10] {
   %input = f32[32,10]{1,0} parameter(0)
-  %ar = f32[32,10]{1,0} all-reduce(%input), channel_id=3, \
+  %ar = f32[32,10]{1,0} all-reduce(%input), channel_id=1, \
 replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   ROOT %ds = f32[8,10]{1,0} dynamic-slice(%ar, %k, %z)
+}
+
+%all-reduce-scatter.1.clone (input.1: f32[32,10]) -> f32[8,10] {
+  %input.1 = f32[32,10]{1,0} parameter(0)
+  %ar.1 = f32[32,10]{1,0} all-reduce(%input.1), channel_id=1, \
+replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %ds.1 = f32[8,10]{1,0} dynamic-slice(%ar.1, %k, %z)
 }
 
 ENTRY %main (a: f32[4]) -> f32[4] {
@@ -61,6 +69,8 @@ backend_config={"known_trip_count":{"n":"5"}}
   %f.1 = bf16[8,8]{1,0} fusion(%a), kind=kOutput, calls=%part.1
   %f.2 = bf16[8,8]{1,0} fusion(%a), kind=kOutput, calls=%part.2
   %f.3 = f32[8,10]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter
+  %f.4 = f32[8,10]{1,0} fusion(%a), kind=kCustom, \
+calls=%all-reduce-scatter.1.clone
   %one = f32[4]{0} all-reduce(%a), channel_id=9, replica_groups={{0},{1}}
   ROOT %out = f32[4]{0} get-tuple-element(%loop), index=1
 }
@@ -79,7 +89,7 @@ def test_collectives():
     # 16 + 32 bytes among 16 devices, three times.
     "all-reduce": (3, 3 * 48, 3 * 48 * 2 * 15 / 16),
     "all-gather": (1, 128, 128 * 3 / 4),
-    "reduce-scatter": (1, 1280, 1280 * 3 / 4),
+    "reduce-scatter": (2, 2 * 1280, 2 * 1280 * 3 / 4),
     "collective-permute": (5, 5 * 16, 5 * 16),
   }
   got = {k: (c.count, c.bytes, c.sent) for k, c in found.items()}
