@@ -22,7 +22,7 @@ import math
 import re
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -37,25 +37,44 @@ log = logging.getLogger("lookup_vit")
 
 DOES_NOT_FIT = 3
 
-KINDS = ("train", "evaluation")
-
 # Share of the memory from which on a quick compilation does not decide.
 _NEARLY = 0.8
 
 
-def roofline(step: steps.Step, chip: chips.Chip) -> dict[str, float] | None:
-  """Seconds of a step by each of the chip's peaks; the most bounds it.
+class Roofline(NamedTuple):
+  """A bound of a step's speed.
 
-  None where the peaks or the step's cost are not known.
+  Attributes:
+    parts: seconds by each of the chip's peaks.
+    bound: the name of the longest.
+    seconds: of a step, the longest.
+    rate: examples a second, on all chips.
+    epochs: a day; None where the examples of an epoch are not known.
   """
+
+  parts: dict[str, float]
+  bound: str
+  seconds: float
+  rate: float
+  epochs: float | None
+
+
+def roofline(
+  step: steps.Step, chip: chips.Chip, config: Any
+) -> Roofline | None:
+  """None where the peaks or the step's cost are not known."""
   if chip.flops is None or step.cost is None:
     return None
-  sent = sum(c.sent for c in step.collectives.values())
-  return {
+  parts = {
     "FLOPs": step.cost["flops"] / chip.flops,
     "HBM": step.cost["bytes accessed"] / chip.hbm,
-    "ICI": sent / chip.ici,
+    "ICI": sum(c.sent for c in step.collectives.values()) / chip.ici,
   }
+  bound = max(parts, key=parts.get)
+  rate = step.batch_size / parts[bound]
+  examples = steps.num_examples(config)
+  epochs = 86400 * rate / examples if examples else None
+  return Roofline(parts, bound, parts[bound], rate, epochs)
 
 
 # What is printed.
@@ -92,26 +111,24 @@ def report(
       f"  cost         {step.cost['flops'] / 1e12:.4g} TFLOP, "
       f"{step.cost['bytes accessed'] / 1e9:.4g} GB from and to memory"
     )
+  if step.collectives or step.cost:
     each = [
       f"{c.count:g} {kind} of {size_text(c.bytes)} (sends {size_text(c.sent)})"
       for kind, c in sorted(step.collectives.items())
     ]
     lines.append("  collectives  " + ("; ".join(each) or "none"))
-  seconds = roofline(step, chip)
-  if seconds:
-    bound = max(seconds, key=seconds.get)
-    parts = ", ".join(f"{k} {v * 1e3:.4g} ms" for k, v in seconds.items())
-    rate = step.batch_size / seconds[bound]
+  best = roofline(step, chip, program.config)
+  if best:
+    parts = ", ".join(f"{k} {v * 1e3:.4g} ms" for k, v in best.parts.items())
     lines.append(
-      f"  roofline     {seconds[bound] * 1e3:.4g} ms a step, bound by {bound} "
-      f"({parts})"
+      f"  roofline     {best.seconds * 1e3:.4g} ms a step, bound by "
+      f"{best.bound} ({parts})"
     )
-    text = f"               {rate:,.0f} examples/s"
-    examples = steps.num_examples(program.config)
+    text = f"               {best.rate:,.0f} examples/s"
     if step.kind == "train":
-      text += f", {86400 / seconds[bound]:,.0f} steps a day"
-      if examples:
-        text += f", {86400 * rate / examples:,.1f} epochs a day"
+      text += f", {86400 / best.seconds:,.0f} steps a day"
+      if best.epochs:
+        text += f", {best.epochs:,.1f} epochs a day"
     lines.append(text)
   return "\n".join(lines)
 
@@ -150,33 +167,35 @@ def run(config: Any, topology: str, grids: Any, room: float) -> bool:
   print(header(program, topology, chip), flush=True)
   largest = max(program.grids, key=tokens_of)
   found = []
-  for grid in program.grids:
-    for kind in KINDS:
-      log.info("Compiling the %s step, grid %s", kind, grid)
-      step = look(program, kind, grid, room, sure=grid == largest)
+  for kind, grid in steps.cases(program):
+    log.info("Compiling the %s step, grid %s", kind, grid)
+    step = look(program, kind, grid, room, sure=grid == largest)
+    log.info("Counting its FLOPs (%.0f s)", time.monotonic() - start)
+    try:
+      step.cost = steps.count(config, devices, kind, grid)
+    except jax.errors.JaxRuntimeError:
       if not step.memory.refused:
-        log.info("Counting its FLOPs (%.0f s)", time.monotonic() - start)
-        step.cost = steps.count(config, devices, kind, grid)
-      print("\n" + report(step, program, chip, room), flush=True)
-      found.append(step)
-  worst = max(found, key=lambda step: step.memory.total)
-  if worst.memory.total <= room:
+        raise
+    print("\n" + report(step, program, chip, room), flush=True)
+    found.append(step)
+  worst = {}
+  for step in sorted(found, key=lambda step: step.memory.total):
+    if step.memory.total > room:
+      worst[step.kind] = step.grid
+  if not worst:
     print(f"\nfits ({time.monotonic() - start:.0f} s)")
     return True
   print("\ndoes not fit", flush=True)
 
-  def fits(changed, quick):
+  def memory(changed, kind, quick):
     changed = steps.make_program(changed, devices)
-    for kind in KINDS:
-      if quick:
-        step = steps.measure(changed, kind, worst.grid, quick=True)
-      else:
-        step = look(changed, kind, worst.grid, room, sure=True)
-      if step.memory.total > room:
-        return False
-    return True
+    grid = worst[kind]
+    if quick:
+      return steps.measure(changed, kind, grid, quick=True).memory.total
+    return look(changed, kind, grid, room, sure=True).memory.total
 
-  change = fit.find_change(config, len(devices), worst.kind, fits)
+  kinds = sorted(worst, key=steps.KINDS.index)
+  change = fit.find_change(config, program.mesh.shape, kinds, memory, room)
   if change is None:
     print("Nothing that was tried makes it fit: take more or larger chips.")
     return False
@@ -205,7 +224,11 @@ def look(
 
 
 def stated() -> list[tuple[str, str]]:
-  """Pairs of config and topology that the docstrings of configs/ name."""
+  """Pairs of config and topology that the docstrings of configs/ name.
+
+  Raises:
+    ValueError: there are none.
+  """
   pairs = []
   for path in sorted(glob.glob("configs/*.py")):
     with open(path) as f:
@@ -214,6 +237,11 @@ def stated() -> list[tuple[str, str]]:
       r"python -m lookup_vit\.dryrun\s+--topology=(\S+)\s+--config=(\S+)", text
     )
     pairs += [(config, topology) for topology, config in found]
+  if not pairs:
+    raise ValueError(
+      "--all: no configs/ here that name a topology; start at the root of the "
+      "repository."
+    )
   return pairs
 
 
@@ -224,21 +252,18 @@ def table_row(config: Any, topology: str) -> tuple[list[str], bool]:
   config = steps.prepare(config, None)
   program = steps.make_program(config, devices)
   grid = max(program.grids, key=tokens_of)
-  both = [steps.measure(program, kind, grid) for kind in KINDS]
+  both = [steps.measure(program, kind, grid) for kind in steps.KINDS]
   step = both[0]
   step.cost = steps.count(config, devices, "train", grid)
   memory = max(s.memory.total for s in both)
-  seconds = roofline(step, chip)
+  best = roofline(step, chip, config)
   rest = ["-"] * 4
-  if seconds:
-    bound = max(seconds, key=seconds.get)
-    rate = step.batch_size / seconds[bound]
-    examples = steps.num_examples(config)
+  if best:
     rest = [
-      f"{seconds[bound] * 1e3:.4g}",
-      bound,
-      f"{rate:,.0f}",
-      f"{86400 * rate / examples:,.0f}" if examples else "-",
+      f"{best.seconds * 1e3:.4g}",
+      best.bound,
+      f"{best.rate:,.0f}",
+      f"{best.epochs:,.0f}" if best.epochs else "-",
     ]
   mesh = "x".join(str(n) for n in program.mesh.shape.values())
   sent = sum(c.sent for c in step.collectives.values())
@@ -257,6 +282,9 @@ def table_row(config: Any, topology: str) -> tuple[list[str], bool]:
 
 def run_all() -> bool:
   """Prints the table over all configs; returns whether all fit."""
+  pairs = stated()
+  for topology in {topology for _, topology in pairs}:
+    chips.devices(topology)  # What cannot be is said before hours of others.
   titles = (
     "config|for|grid|data x fsdp x tensor|GiB|TFLOP|GB|GB sent|ms|"
     "bound|examples/s|epochs a day"
@@ -264,7 +292,7 @@ def run_all() -> bool:
   print(f"| {' | '.join(titles.split('|'))} |")
   print("|" + "---|" * (titles.count("|") + 1), flush=True)
   all_fit = True
-  for spec, topology in stated():
+  for spec, topology in pairs:
     log.info("%s on %s", spec, topology)
     with config_utils.at_fault(spec):
       row, fits = table_row(config_utils.load(spec), topology)
@@ -281,6 +309,9 @@ def main(argv):
   if FLAGS.all == (FLAGS.config is not None):
     raise ValueError("Set one of --config and --all.")
   if FLAGS.all:
+    for name in ("topology", "grid", "memory_gib", "mesh", "sharding"):
+      if FLAGS[name].present:
+        raise ValueError(f"--{name} is of one config, not of --all.")
     topologies = [topology for _, topology in stated()]
   elif FLAGS.topology is None:
     raise ValueError("--topology is not set, such as v5e:16x16 or cpu:8.")
@@ -295,8 +326,16 @@ def main(argv):
   else:
     room = chips.chip(FLAGS.topology).memory
     if FLAGS.memory_gib is not None:
-      room = min(room, FLAGS.memory_gib * 2**30)
-    grids = [config_utils.parse_grid(g) for g in FLAGS.grid or ()]
+      if not 0 < FLAGS.memory_gib <= room / 2**30:
+        raise ValueError(
+          f"--memory_gib={FLAGS.memory_gib:g}: want more than 0, and at most "
+          f"the chip's {room / 2**30:g}."
+        )
+      room = FLAGS.memory_gib * 2**30
+    with config_utils.at_fault("--grid"):
+      grids = [config_utils.parse_grid(g) for g in FLAGS.grid or ()]
+      if FLAGS["grid"].present and not grids:
+        raise ValueError("want 3x3,5x5, ...")
     parallel.lay_out_by_flags(FLAGS.config)
     fits = run(FLAGS.config, FLAGS.topology, grids, room)
   if not fits:

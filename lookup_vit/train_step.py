@@ -289,6 +289,10 @@ class Program:
     augment = parallel.per_device(self.task.augment, self.mesh)
     batch = augment(batch, mix_rng)
     grads, scalars = self._gradients(state.params, batch, dropout_rng, grid)
+    return self.apply_gradients(state, grads, scalars)
+
+  def apply_gradients(self, state, grads, scalars):
+    """The part of `update` behind the gradients; `scalars` has the loss."""
     updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 
 _GIB = 2**30
+# Virtual devices of a CPU, each with threads of its own.
+_MOST_CPU = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +113,8 @@ def parse(topology: str) -> tuple[str, tuple[int, ...]]:
     raise ValueError(
       f"--topology={topology}: {kind} wants {rank} size(s), as {example}."
     )
+  if kind == "cpu" and shape[0] > _MOST_CPU:
+    raise ValueError(f"--topology={topology}: want at most cpu:{_MOST_CPU}.")
   if kind != "cpu" and math.prod(shape) > _CHIPS[kind].pod:
     raise ValueError(
       f"--topology={topology}: {math.prod(shape)} chips; the largest slice of "

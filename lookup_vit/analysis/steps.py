@@ -8,12 +8,14 @@ attention say what it computes: FLOPs are those of attention="direct". A
 kernel's bytes are its arguments and results, each once.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import copy
 import dataclasses
 import functools
 import glob
+import importlib.util
 import math
 import os
 import re
@@ -28,8 +30,12 @@ import numpy as np
 from lookup_vit import config_utils, parallel, train_step
 from lookup_vit.analysis import hlo
 
-# Batches that training puts on the devices ahead of their use.
+# Batches on the devices beside that of a step: those that training puts there
+# ahead of their use, and those of the steps that it starts before one is done.
 BATCHES_AHEAD = 2
+STEPS_IN_FLIGHT = 8
+
+KINDS = ("train", "evaluation")
 
 # Depths of the models whose difference is the cost of a block.
 _DEPTHS = (1, 2)
@@ -94,7 +100,10 @@ def num_examples(config: ml_collections.ConfigDict) -> float | None:
   """Examples of the training split; None where they are not known here."""
   data = config.input.data
   total = EXAMPLES.get(data.get("module") or data.get("name"))
-  match = re.fullmatch(r"\w+(?:\[(\d*%?):(\d*%?)\])?", data.get("split") or "")
+  split = data.get("split") or ""
+  if not isinstance(split, str):
+    raise ValueError(f"config.input.data.split={split!r}: want text.")
+  match = re.fullmatch(r"\w+(?:\[(\d*%?):(\d*%?)\])?", split)
   if total is None or not match:
     return None
 
@@ -115,6 +124,18 @@ def prepare(config: Any, grids: Sequence[Any] | None) -> Any:
   config = config_utils.resolve(config)
   if config.num_classes is None:  # To be read off the data.
     config.num_classes = 1000
+  for name, fields in config.evals.items():
+    kind = fields.get("type")
+    module = f"lookup_vit.evaluators.{kind}"
+    named = isinstance(kind, str) and kind.isidentifier()
+    if not (named and importlib.util.find_spec(module)):
+      raise ValueError(f"config.evals.{name}.type={kind!r}: there is none.")
+    for field in ("batch_size", "views"):
+      value = fields.get(field)
+      if value is not None and not (type(value) is int and value > 0):
+        raise ValueError(
+          f"config.evals.{name}.{field}={value!r}: want an integer > 0."
+        )
   if grids:
     if config.grids is None and "grid" not in config.model:
       model = train_step.build_model(config)
@@ -123,6 +144,8 @@ def prepare(config: Any, grids: Sequence[Any] | None) -> Any:
           f"--grid: model {config.model_name!r} has no compressed grid."
         )
     config.grids = [list(grid) for grid in grids]
+    for fields in config.evals.values():
+      fields.grids = None
   return config
 
 
@@ -132,10 +155,29 @@ def make_program(config: Any, devices: Sequence[Any]) -> train_step.Program:
   Raises:
     ValueError: the config cannot work, or not on so many devices.
   """
-  # A million where it is not known: the schedule's length costs nothing.
-  examples = num_examples(config) or 1_000_000
-  steps = config_utils.total_steps(config, round(examples))
-  return train_step.Program(config, steps, devices)
+  examples = None
+  if not config.input.data.get("mixture"):
+    # A million where it is not known: the schedule's length costs nothing.
+    examples = round(num_examples(config) or 1_000_000)
+  steps = config_utils.total_steps(config, examples)
+  program = train_step.Program(config, steps, devices)
+  for name, fields in config.evals.items():
+    parallel.check_batch(
+      f"config.evals.{name}.batch_size",
+      fields.get("batch_size") or config.input.batch_size,
+      program.mesh,
+    )
+  return program
+
+
+def cases(program: train_step.Program) -> list[tuple[str, Any]]:
+  """The kinds of steps of a run, each with its grids."""
+  grids = program.grids
+  own = [e.get("grids") or () for e in program.config.evals.values()]
+  others = {tuple(grid) for one in own for grid in one} - {*grids}
+  return [(kind, grid) for grid in grids for kind in KINDS] + [
+    ("evaluation", grid) for grid in sorted(others)
+  ]
 
 
 def batch_shape(config: Any, kind: str) -> tuple[int, int]:
@@ -160,8 +202,6 @@ def lower(
   """The `train` or `evaluation` step for a grid, by shapes."""
   config = program.config
   size, views = batch_shape(config, kind)
-  if kind == "evaluation":
-    parallel.check_batch("config.evals.batch_size", size, program.mesh)
   shape = (*config.input.image_size, 3)
   if views > 1 and not one_view:
     shape = views, *shape
@@ -232,12 +272,14 @@ def measure(
   # the rest of the state.
   given, rest = ["params", "opt_state", "ema", "batch"], []
   size, views = batch_shape(program.config, kind)
-  beside = "batches ahead"
+  beside = "batches of other steps"
+  waiting = BATCHES_AHEAD + STEPS_IN_FLIGHT
   if kind == "evaluation":
     given, rest = ["params", "batch"], ["opt_state", "ema"]
-    beside = "batches ahead, rest of the state"
-  waiting = sum(held_bytes(program)["batch"].values())
-  beside_bytes = BATCHES_AHEAD * waiting + sum(sums[k] for k in rest)
+    beside = "training's batches and the rest of its state"
+    waiting = BATCHES_AHEAD  # It begins when all steps are done.
+  beside_bytes = waiting * sum(held_bytes(program)["batch"].values())
+  beside_bytes += sum(sums[k] for k in rest)
   lowered = lower(program, kind, grid)
   with tempfile.TemporaryDirectory() as folder:
     refusal = None
@@ -250,11 +292,15 @@ def measure(
       text = _largest_file(folder, "*after_optimizations.txt")
     assignment = _largest_file(folder, "*buffer-assignment.txt")
   largest = [(v, k) for part in given for k, v in held[part].items()]
-  largest += hlo.temporaries(assignment, text, 6)
+  largest += hlo.temporaries(assignment, text, 100)
   if refusal is not None:
-    total, named = refusal
-    parts = {}
-    total += beside_bytes
+    needed, named = refusal
+    arguments = sum(sums[part] for part in given)
+    parts = {
+      "arguments": arguments,
+      "temporaries, outputs and program": needed - arguments,
+      beside: beside_bytes,
+    }
     largest = named or largest
   else:
     stats = compiled.memory_analysis()
@@ -266,8 +312,12 @@ def measure(
       "program": stats.generated_code_size_in_bytes,
       beside: beside_bytes,
     }
-    total = sum(parts.values())
-  largest = sorted(largest, reverse=True)[:6]
+  total = sum(parts.values())
+  counts = collections.Counter(largest)
+  largest = [
+    (size, f"{name}, {n} of them" if n > 1 else name)
+    for (size, name), n in sorted(counts.items(), reverse=True)[:6]
+  ]
   memory = Memory(parts, largest, total, refusal is not None, quick)
   collectives = hlo.collectives(text)
   return Step(kind, grid, size, memory, collectives, views=views)
@@ -353,12 +403,10 @@ def _xla_count(compiled):
 
 
 def _count_update(program):
-  """Of the optimizer alone."""
+  """Of what an update does once, whatever the number of micro-batches."""
 
   def update(state, grads):
-    updates, opt_state = program.tx.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, u: p + u, state.params, updates)
-    return params, opt_state
+    return program.apply_gradients(state, grads, {"loss": np.float32(0)})
 
   state = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
