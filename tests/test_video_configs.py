@@ -203,10 +203,7 @@ def test_training_on_a_folder(tmp_path):
   check_results(rows, "1x3x3")
   saved = config_utils.read_workdir(workdir)
   assert saved.num_classes == 2
-  again = evaluate.evaluate(workdir, batch_size=3)
-  for one, other in zip(rows, again, strict=True):
-    assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
-    assert one["top1"] == other["top1"]
+  assert evaluate.evaluate(workdir) == rows
 
 
 def sides(batch):
