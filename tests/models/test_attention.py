@@ -411,10 +411,10 @@ else:
     weights="3136,3136]" in text,
     kernels=text.count('custom_call_target="tpu_custom_call"'),
   )
-  small_config = config(20)
+  small_config = config(17)
   found["counted"] = steps.count(small_config, devices, "evaluation", None)
   model = train_step.build_model(small_config)
-  found["formula"] = 2 * flops.multiply_adds(model, (20, 20))
+  found["formula"] = 2 * flops.multiply_adds(model, (17, 17))
 print(json.dumps(found))
 """
 
