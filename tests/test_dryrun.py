@@ -77,18 +77,18 @@ def whole(depth, accum=1, **fields):
 fsdp = dict(mesh=[("fsdp", 8)], sharding="fsdp")
 views = dict(evals__test__views=3, evals__test__batch_size=16)
 print(json.dumps(dict(
-  replicated=look("train", model__depth=5),
-  fsdp=look("train", model__depth=5, **fsdp),
-  evaluation=look("evaluation", model__depth=5),
-  views=look("evaluation", model__depth=5, **views),
+  replicated=look("train", model__depth=3),
+  fsdp=look("train", model__depth=3, **fsdp),
+  evaluation=look("evaluation", model__depth=3),
+  views=look("evaluation", model__depth=3, **views),
   counted_evaluation=steps.count(config(), devices, "evaluation", (2, 2)),
   counted_views=steps.count(config(**views), devices, "evaluation", (2, 2)),
-  counted=steps.count(config(model__depth=5), devices, "train", (2, 2)),
+  counted=steps.count(config(model__depth=3), devices, "train", (2, 2)),
   accumulated=steps.count(
-    config(model__depth=5, grad_accum_steps=2), devices, "train", (2, 2)
+    config(model__depth=2, grad_accum_steps=2), devices, "train", (2, 2)
   ),
-  whole=whole(5),
-  unrolled=whole(5, 2),
+  whole=whole(3),
+  unrolled=whole(2, 2),
   tensorflow="tensorflow" in sys.modules,
 )))
 """
@@ -201,11 +201,11 @@ def test_views_are_in_the_batch_and_in_the_model_one_after_another(eight):
 def test_cost_is_that_of_the_whole(eight):
   for name in "flops", "bytes accessed":
     assert eight["counted"][name] == pytest.approx(eight["whole"][name], 0.01)
-  flops = eight["counted"]["flops"]
-  assert eight["accumulated"]["flops"] == pytest.approx(flops, rel=0.05)
-  # Against the loop unrolled.
-  bytes_accessed = eight["unrolled"]["bytes accessed"]
-  assert eight["accumulated"][name] == pytest.approx(bytes_accessed, 0.1)
+  # Micro-batches too, against a loop that is unrolled; it has the sums of the
+  # gradients besides, which are much of so small a model.
+  for name in "flops", "bytes accessed":
+    want = eight["unrolled"][name]
+    assert eight["accumulated"][name] == pytest.approx(want, 0.06)
 
 
 def test_collectives_of_a_step(eight):
@@ -260,7 +260,7 @@ def test_programs():
     "mesh": ("--config=configs/in21k_lookup_b.py:variant=g/16", cpu),
     "vit": (VIT, cpu, "--grid=3x3"),
     "file": ("--config=configs/nothing.py", cpu),
-    "grid text": (DIGITS, cpu, "--grid=9"),
+    "grid text": (DIGITS, cpu, "--grid=9y9"),
     "memory": (DIGITS, cpu, "--memory_gib=-1"),
     "all": ("--all", "--grid=3x3"),
   }
@@ -292,7 +292,7 @@ def test_programs():
     "mesh": "('fsdp', 8)] does not fit 4 device",
     "vit": "--grid: model 'vit' has no compressed grid",
     "file": "nothing.py",
-    "grid text": "--grid: ",
+    "grid text": "--grid: A grid is written 5x5",
     "memory": "--memory_gib=-1: want more than 0",
     "all": "--grid is of one config, not of --all",
   }
