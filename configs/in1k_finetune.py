@@ -7,10 +7,12 @@ afresh where the classes differ.
 
     python -m lookup_vit.train --workdir=workdirs/in1k_finetune \
         --config=configs/in1k_finetune.py:from=workdirs/in21k_lookup_b,res=384
+    python -m lookup_vit.dryrun --topology=v5e:8x8 \
+        --config=configs/in1k_finetune.py:from=configs/in21k_lookup_b.py
 
 `from` is the work directory of the run to start from; model and grids are its
-own, so that a dry run wants its config.json there. `runlocal` is for a trial,
-from a run that was made with `runlocal`.
+own. For a dry run it may be a config, that of a run to come. `runlocal` is for
+a trial, from a run that was made with `runlocal`.
 """
 
 import ml_collections
@@ -25,7 +27,10 @@ def get_config(arg=None):
     raise ValueError("in1k_finetune.py wants the run to start from: from=...")
   if arg.runlocal:
     arg.res = 128
-  source = config_utils.read_workdir(arg["from"])
+  if arg["from"].endswith(".py"):
+    source = config_utils.resolve(config_utils.load(arg["from"]))
+  else:
+    source = config_utils.read_workdir(arg["from"])
   config = ml_collections.ConfigDict()
 
   config.seed = 0

@@ -150,7 +150,8 @@ def header(program: train_step.Program, topology: str, chip: Any) -> str:
   return text + (
     f"peaks of a chip: {chip.flops / 1e12:g} TFLOP/s in bfloat16, "
     f"{chip.hbm / 1e9:g} GB/s HBM, {chip.ici / 1e9:g} GB/s sent over ICI "
-    f"({chip.source})"
+    f"({chip.source})\nbytes are XLA's count at low effort; at full effort it "
+    "counts up to twice as many (docs/pods.md)"
   )
 
 

@@ -51,6 +51,8 @@ EXAMPLES = {
   "data.kinetics400": 246_534,
   "data.something_something_v2": 168_913,
   "data.digits": 1_437,
+  "data.moving_digits/motion": 11_496,
+  "data.moving_digits/glyph": 11_496,
 }
 
 
