@@ -169,11 +169,14 @@ def run_local(config: ml_collections.ConfigDict) -> None:
   config.ckpt_steps = 3
 
 
-def run_local_video(config: ml_collections.ConfigDict) -> None:
+def run_local_video(
+  config: ml_collections.ConfigDict,
+  module: str = "data.moving_digits",
+  num_classes: int = 8,
+) -> None:
   """As `run_local`, on digits that move: 16 frames each, 8 motions."""
   run_local(config)
-  config.num_classes = 8
-  module = "data.moving_digits"
+  config.num_classes = num_classes
   config.input.data = dict(module=module, split="train[:64]")
   for evaluator in config.evals.values():
     evaluator.data = dict(module=module, split="test[:20]")

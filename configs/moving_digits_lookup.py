@@ -74,9 +74,5 @@ def get_config(arg=None):
 
   if arg.runlocal:
     config.model.depth = 1
-    common.run_local(config)
-    # Not on the digits that stand still.
-    config.num_classes = _CLASSES[arg.task]
-    config.input.data = dict(module=module, split="train[:64]")
-    config.evals.test.data = dict(module=module, split="test[:20]")
+    common.run_local_video(config, module, _CLASSES[arg.task])
   return config
