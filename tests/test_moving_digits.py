@@ -17,7 +17,6 @@ from data.moving_digits import moving_digits_dataset_builder as module
 from lookup_vit import config_utils, train, train_step
 from lookup_vit import input_pipeline as ip
 from lookup_vit.analysis import flops
-from tests import small
 
 MOTIONS = [
   *("right", "left", "down", "up"),
@@ -283,29 +282,16 @@ def test_glyph_as_the_label(tmp_path, held_out):
 # The experiments.
 
 
-def _config(built, model="lookup", arg="runlocal"):
-  config = config_utils.load(f"configs/moving_digits_{model}.py:{arg}")
+def _config(built, arg):
+  config = config_utils.load(f"configs/moving_digits_lookup.py:{arg}")
   for data in (config.input.data, config.evals.test.data):
     data.data_dir = str(pathlib.Path(built.data_dir).parents[2])
   return config
 
 
-@pytest.mark.parametrize("model", ["lookup", "vivit"])
-def test_training(model, built, tmp_path):
-  config = _config(built, model)
-  if model == "lookup":
-    config.grids = [(4, 3, 3)]
-  state = train.train_and_evaluate(config, str(tmp_path))
-  assert int(state.step) == config.total_steps
-  rows = small.results(str(tmp_path))
-  assert [r["split"] for r in rows] == ["test"] * len(rows)
-  assert len(rows) == (len(config.grids) if model == "lookup" else 1)
-  assert all(np.isfinite(r["loss"]) for r in rows)
-
-
 @pytest.mark.parametrize("still", [False, True])
 def test_clips_that_models_see(still, built, held_out):
-  config = _config(built, arg="still" if still else "")
+  config = _config(built, "still" if still else "")
   batches, _ = ip.make_eval(
     {**config.evals.test.data, "split": "test[:6]"},
     pp=config.evals.test.pp_fn,
@@ -321,7 +307,7 @@ def test_clips_that_models_see(still, built, held_out):
 
 
 def test_training_sees_every_frame_of_a_still_clip(built):
-  config = _config(built, arg="still")
+  config = _config(built, "still")
   config.input.data.split = "train[:1]"
   config.input.batch_size = 64
   batch = next(iter(train.make_dataset(config, 0)))

@@ -47,6 +47,8 @@ def in21k(tmp_path_factory):
     "in1k_finetune",
     "image_folder",
     "video_folder",
+    "moving_digits_vivit",
+    "moving_digits_lookup",
   ],
 )
 def test_every_config_runs_locally(name, in21k, tmp_path):
