@@ -108,6 +108,20 @@ def video_grids(
   return fits or [full]
 
 
+def look_up(config: ml_collections.ConfigDict) -> None:
+  """Makes a multi-resolution LookupViViT of a ViViT, joint or factorised."""
+  variant, size = config.model.variant, config.input.image_size
+  if config.model_name == "factorised":
+    config.model.spatial = "lookup_vit"
+    # Every slice in time has such a grid of its own.
+    grids = lookup_grids(variant, size[-1])
+    config.grids = [grid for grid in grids if grid != (10, 10)]
+  else:
+    config.model_name = "lookup_vit"
+    config.grids = video_grids(variant, size)
+  config.model.grid = config.grids[len(config.grids) // 2]
+
+
 def video_evals(
   data: dict[str, Any], res: int, frames: int, stride: int, log_steps: int
 ) -> dict[str, Any]:

@@ -13,10 +13,11 @@ mean-pooled, as LookupViT's are, where ViViT has a class token.
         --config=configs/k400_vivit_b.py
 
 Arguments: `--config=configs/k400_vivit_b.py:variant=L/2x16,res=320,frames=64`;
-`from=WORKDIR` starts from a run on images, of a model of the same size, as the
-paper does from ImageNet-21k: the patch embedding becomes that of a tubelet's
-central frame (section 3.4); `runlocal` is for a trial without Kinetics.
-data/kinetics400/README.md says how to prepare the data.
+`factorised` is ViViT's model 2, a ViT on each slice in time and then one over
+time; `from=WORKDIR` starts from a run on images, of a model of the same size,
+as the paper does from ImageNet-21k: the patch embedding becomes that of a
+tubelet's central frame (section 3.4); `runlocal` is for a trial without
+Kinetics. data/kinetics400/README.md says how to prepare the data.
 """
 
 import ml_collections
@@ -30,6 +31,7 @@ def get_config(arg=None):
     variant="B/2x16",
     res=224,
     frames=32,
+    factorised=False,
     **{"from": ""},
     runlocal=False,
   )
@@ -55,7 +57,7 @@ def get_config(arg=None):
     shuffle_buffer_size=512,  # A video has megabytes.
   )
 
-  config.model_name = "vit"
+  config.model_name = "factorised" if arg.factorised else "vit"
   config.model = dict(
     variant=arg.variant,
     dtype="bfloat16",

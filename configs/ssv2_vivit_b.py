@@ -17,9 +17,10 @@ other's mirror image, as in the recipes of mmaction2 (see `flip_lr_swap`).
         --config=configs/ssv2_vivit_b.py
 
 Arguments: `--config=configs/ssv2_vivit_b.py:variant=L/2x16,res=256,frames=16`;
-`from=WORKDIR` starts from a run on Kinetics, as in the paper (section 4.2), or
-from one on images, see `k400_vivit_b.py`; `runlocal` is for a trial without the
-videos. data/something_something_v2/README.md says how to prepare them.
+`factorised` is ViViT's model 2, see `k400_vivit_b.py`; `from=WORKDIR` starts
+from a run on Kinetics, as in the paper (section 4.2), or from one on images,
+see `k400_vivit_b.py`; `runlocal` is for a trial without the videos.
+data/something_something_v2/README.md says how to prepare them.
 """
 
 import ml_collections
@@ -37,6 +38,7 @@ def get_config(arg=None):
     variant="B/2x16",
     res=224,
     frames=32,
+    factorised=False,
     **{"from": ""},
     runlocal=False,
   )
@@ -64,7 +66,7 @@ def get_config(arg=None):
     shuffle_buffer_size=2048,  # A video has half a megabyte.
   )
 
-  config.model_name = "vit"
+  config.model_name = "factorised" if arg.factorised else "vit"
   config.model = dict(
     variant=arg.variant,
     stochastic_depth=0.3,

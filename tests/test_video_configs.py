@@ -3,12 +3,19 @@
 import math
 import os
 
+import jax
 import numpy as np
 import pytest
 
 from configs import common
 from data import kinetics400, something_something_v2
-from lookup_vit import config_utils, evaluate, metric_writer, train
+from lookup_vit import (
+  config_utils,
+  evaluate,
+  metric_writer,
+  train,
+  train_step,
+)
 from lookup_vit import input_pipeline as ip
 
 # isort: split
@@ -337,6 +344,26 @@ def test_the_experiments_themselves(name):
   assert vit.evals.val_4x3.views == 12
   # At the end alone.
   assert "log_steps" not in vit.evals.val_4x3 and vit.evals.val.log_steps
+
+
+@pytest.mark.parametrize("name", ["k400", "ssv2"])
+def test_factorised(name):
+  vit, lookup = (
+    config_utils.load(f"configs/{name}_{model}.py:factorised")
+    for model in ("vivit_b", "lookup_vivit_b")
+  )
+  assert vit.model_name == lookup.model_name == "factorised"
+  assert lookup.grids == [(3, 3), (5, 5), (7, 7)]
+  assert lookup.model.grid == (5, 5)
+  for config in (vit, lookup):
+    config = config_utils.resolve(config)
+    model = train_step.build_model(config)
+    videos = np.zeros((1, *config.input.image_size, 3), np.float32)
+    (logits, _), params = jax.eval_shape(
+      model.init_with_output, jax.random.key(0), videos
+    )
+    assert logits.shape == (1, config.num_classes)
+    assert "spatial" in params["params"]
 
 
 @pytest.mark.parametrize(
