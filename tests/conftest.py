@@ -13,8 +13,10 @@ atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
 
 # No test may find, or leave, a data set in the user's directory.
 os.environ["TFDS_DATA_DIR"] = os.path.join(_FOLDER, "tensorflow_datasets")
-# Many tests start the same small programs: they are compiled once.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_FOLDER, "jax")
+# Many tests start the same small programs: they are compiled once, also where
+# several processes run the tests.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_FOLDER, "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling takes longer than the tiny programs gain from it.

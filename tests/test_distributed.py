@@ -4,16 +4,14 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from lookup_vit import distributed
+from tests import programs
 
 PROGRAM = """
 import json, logging, sys
-sys.path.insert(0, ".")
 import jax
 from absl import app, flags
 from lookup_vit import cli, distributed
@@ -35,12 +33,8 @@ app.run(main)
 def run(environments, *arguments):
   """Runs a process for each environment; returns output and errors of each."""
   processes = [
-    subprocess.Popen(
-      [sys.executable, "-c", PROGRAM, *arguments],
-      env=dict(os.environ, **environment),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
+    programs.Program(
+      *("-c", PROGRAM, *arguments), env=dict(os.environ, **environment)
     )
     for environment in environments
   ]

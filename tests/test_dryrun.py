@@ -5,17 +5,13 @@ import inspect
 import json
 import os
 import re
-import subprocess
-import sys
 
 import jax
 import pytest
 
 from lookup_vit import config_utils, dryrun, train
 from lookup_vit.analysis import steps
-from tests import small
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests import programs, small
 
 SMALL = """
 import json, sys
@@ -89,7 +85,6 @@ print(json.dumps(dict(
   ),
   whole=whole(3),
   unrolled=whole(2, 2),
-  tensorflow="tensorflow" in sys.modules,
 )))
 """
 )
@@ -123,13 +118,7 @@ except ValueError as e:
 
 
 def start(*args):
-  return subprocess.Popen(
-    [sys.executable, *args],
-    env=dict(os.environ, PYTHONPATH=ROOT),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  return programs.Program(*args)
 
 
 def finish(process):
@@ -219,10 +208,6 @@ def test_collectives_of_a_step(eight):
   # Kernels are gathered for the forward and for the backward pass.
   _, gathered, _ = many["collectives"]["all-gather"]
   assert gathered > one["held"]["params"]
-
-
-def test_tensorflow_is_not_loaded(eight):
-  assert not eight["tensorflow"]
 
 
 def test_tpu_topology():

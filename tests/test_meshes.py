@@ -4,12 +4,12 @@ import json
 import math
 import re
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from flax import traverse_util
+
+from tests import programs
 
 STEPS = 20
 # Mesh and strategy of eight devices.
@@ -23,7 +23,6 @@ MESHES = {
 # Trains by the digits config on each mesh; writes what came of it.
 PROGRAM = f"""
 import json, os, sys
-sys.path.insert(0, ".")
 out, devices, process, count, port = sys.argv[1:]
 
 import jax
@@ -124,11 +123,9 @@ def runs(tmp_path_factory):
       s.bind(("127.0.0.1", 0))
       port = s.getsockname()[1]
     processes = [
-      subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(out), str(8 // count)]
-        + [str(i), str(count), str(port)],
-        stderr=(out / f"stderr_{count}_{i}").open("w"),
-        stdout=subprocess.DEVNULL,
+      programs.Program(
+        *("-c", PROGRAM, out, 8 // count, i, count, port),
+        stderr=out / f"stderr_{count}_{i}",
       )
       for i in range(count)
     ]

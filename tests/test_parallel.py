@@ -1,9 +1,6 @@
 """Tests of lookup_vit/parallel.py, on one device and on eight."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import ml_collections
@@ -13,8 +10,7 @@ from absl import flags
 from jax.sharding import PartitionSpec
 
 from lookup_vit import parallel
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests import programs
 
 PROGRAM = """
 import json
@@ -84,15 +80,10 @@ print(json.dumps(dict(
 
 
 def test_eight_devices():
-  out = subprocess.run(
-    [sys.executable, "-c", PROGRAM],
-    env=dict(os.environ, PYTHONPATH=ROOT, JAX_PLATFORMS="cpu"),
-    capture_output=True,
-    text=True,
-    timeout=60,
-  )
-  assert out.returncode == 0, out.stderr
-  got = json.loads(out.stdout)
+  program = programs.Program("-c", PROGRAM)
+  out, err = program.communicate(timeout=60)
+  assert program.returncode == 0, err
+  got = json.loads(out)
   assert got["sizes"] == [[8, 1, 1], [8, 1, 1], [1, 1, 8], [2, 2, 2]]
   assert got["devices"] == list(range(8))
   assert got["subset"] == 2

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from lookup_vit import checkpoints, metric_writer
-from tests import sources
+from tests import programs, sources
 
 # 101 examples in 5 shards, in batches of 12: nothing divides anything.
 STEPS = 40
@@ -53,7 +53,6 @@ import os
 import sys
 import time
 
-sys.path.insert(0, ".")
 config, workdir, log, process, count, port = sys.argv[1:]
 
 from lookup_vit import cli, config_utils, distributed, train
@@ -112,14 +111,10 @@ class Run:
       s.bind(("127.0.0.1", 0))
       port = s.getsockname()[1]
     self.processes = [
-      subprocess.Popen(
-        [
-          *(sys.executable, "-c", PROGRAM, self.config, self.workdir),
-          *(self.path / f"batches_{process}", str(process)),
-          *(str(self.count), str(port)),
-        ],
-        stderr=(self.path / f"stderr_{process}").open("a"),
-        stdout=subprocess.DEVNULL,
+      programs.Program(
+        *("-c", PROGRAM, self.config, self.workdir),
+        *(self.path / f"batches_{process}", process, self.count, port),
+        stderr=self.path / f"stderr_{process}",
         env=dict(os.environ, **environment),
       )
       for process in range(self.count)

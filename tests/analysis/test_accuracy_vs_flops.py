@@ -1,19 +1,13 @@
 """Tests of lookup_vit/analysis/accuracy_vs_flops.py."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from lookup_vit.analysis import accuracy_vs_flops
-
-ROOT = os.path.dirname(
-  os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-)
+from tests import programs
 
 
 def row(model, grid, gflops, top1, split="test", **values):
@@ -126,18 +120,11 @@ def test_program(tmp_path):
     (tmp_path / name / "results.json").write_text(json.dumps(rows))
 
   def start(*names):
-    return subprocess.Popen(
-      [
-        sys.executable,
-        "-m",
-        "lookup_vit.analysis.accuracy_vs_flops",
-        "--workdirs=" + ",".join(str(tmp_path / n) for n in names),
-        f"--output={tmp_path}/{'_'.join(names)}.png",
-      ],
-      env=dict(os.environ, PYTHONPATH=ROOT),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
+    return programs.Program(
+      "-m",
+      "lookup_vit.analysis.accuracy_vs_flops",
+      "--workdirs=" + ",".join(str(tmp_path / n) for n in names),
+      f"--output={tmp_path}/{'_'.join(names)}.png",
     )
 
   good, bad = start("a", "b"), start("a", "c")

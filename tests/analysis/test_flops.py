@@ -1,9 +1,6 @@
 """Tests of lookup_vit/analysis/flops.py."""
 
 import math
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -11,10 +8,8 @@ import pytest
 
 from lookup_vit.analysis import flops
 from lookup_vit.models import factorised, lookup_vit, vit
+from tests.programs import Program
 
-ROOT = os.path.dirname(
-  os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-)
 GRIDS = [(3, 3), (5, 5), (7, 7), (10, 10)]
 
 
@@ -261,13 +256,7 @@ def programs(tmp_path_factory):
     no_file=[f"--config={folder}/none.py"],
   )
   running = {
-    name: subprocess.Popen(
-      [sys.executable, "-m", "lookup_vit.analysis.flops", *args],
-      env=dict(os.environ, PYTHONPATH=ROOT),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
+    name: Program("-m", "lookup_vit.analysis.flops", *args)
     for name, args in arguments.items()
   }
   outputs = {name: p.communicate(timeout=120) for name, p in running.items()}

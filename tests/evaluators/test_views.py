@@ -1,8 +1,6 @@
 """Evaluation of several views, on 13 digits that stand still in clips."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 
 from lookup_vit import config_utils, input_pipeline, train_step
 from lookup_vit.evaluators.classification import Evaluator
+from tests import programs
 
 COUNT = 13
 VIEWS = 3
@@ -110,8 +109,7 @@ def by_hand(name, views):
 
 
 MANY = """
-import json, sys
-sys.path.insert(0, ".")
+import json
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
 from tests.evaluators import test_views
@@ -126,11 +124,10 @@ def test_views_are_averaged(name, views):
   assert len(want) == (3 if name == "vit" else 18)
   runs = [evaluate(name, 4)]
   if name == "lookup_vit":
-    done = subprocess.run(
-      [sys.executable, "-c", MANY], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    runs.append(json.loads(done.stdout.splitlines()[-1]))
+    program = programs.Program("-c", MANY)
+    out, err = program.communicate()
+    assert program.returncode == 0, err
+    runs.append(json.loads(out.splitlines()[-1]))
   for got in runs:
     assert set(got) == set(want)
     for metric, value in want.items():

@@ -2,10 +2,7 @@
 
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 from lookup_vit import parallel
 from lookup_vit.analysis import steps
 from lookup_vit.models import attention, layers
-from tests import small
+from tests import programs, small
 from tests.models import common
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 
 
 def random(*shape, seed=0, dtype=np.float32):
@@ -421,15 +416,10 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found():
-  done = subprocess.run(
-    [sys.executable, "-c", PROGRAM],
-    env=dict(os.environ, PYTHONPATH=ROOT),
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
-  assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout)
+  program = programs.Program("-c", PROGRAM)
+  out, err = program.communicate(timeout=300)
+  assert program.returncode == 0, err
+  return json.loads(out)
 
 
 def test_a_mesh_changes_nothing(found):

@@ -1,19 +1,12 @@
 """Tests of lookup_vit/tasks/mixing.py, against loops over examples."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
 from scipy import stats
 
 from lookup_vit.tasks import mixing
-
-ROOT = os.path.dirname(
-  os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-)
+from tests import programs
 
 # Most of the time goes to compilation: machine code need not be fast.
 mix = jax.jit(
@@ -249,13 +242,8 @@ print(set(re.findall(pattern, compiled.as_text())))
 
 def test_any_number_of_devices():
   """Four devices make what one makes, and pass no data to each other."""
-  out = subprocess.run(
-    [sys.executable, "-c", PROGRAM],
-    env=dict(os.environ, PYTHONPATH=ROOT, JAX_PLATFORMS="cpu"),
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
-  assert out.returncode == 0, out.stderr
+  program = programs.Program("-c", PROGRAM)
+  out, err = program.communicate(timeout=120)
+  assert program.returncode == 0, err
   # Drawing from a Beta distribution is a loop that all devices end together.
-  assert out.stdout in ("set()\n", "{('pred[]', 'all-reduce')}\n")
+  assert out in ("set()\n", "{('pred[]', 'all-reduce')}\n")
