@@ -4,6 +4,7 @@ from typing import Any
 
 import ml_collections
 
+from lookup_vit import config_utils
 from lookup_vit.models import tokens
 from lookup_vit.models.variants import decode_variant
 
@@ -99,7 +100,8 @@ def video_grids(
     ValueError: the tubelets of the variant do not divide the clip.
   """
   patch = decode_variant(variant)["patch_size"]
-  full = tokens.lookup_grid(image_size, patch)
+  with config_utils.at_fault("config.input.image_size"):
+    full = tokens.lookup_grid(image_size, patch)
   fits = [
     grid
     for grid in [(4, 5, 5), (8, 5, 5), (8, 7, 7)]

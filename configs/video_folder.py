@@ -74,7 +74,7 @@ def get_config(arg=None):
     ),
     image_size=(arg.frames, arg.res, arg.res),
     batch_size=arg.batch,
-    shuffle_buffer_size=512,  # A video has megabytes.
+    shuffle_buffer_size=64,  # A video of a minute has 30 MB.
   )
 
   config.model_name = arg.model

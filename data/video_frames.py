@@ -60,6 +60,8 @@ def _filters(short_side: int | None, fps: float | None) -> str:
   """Returns the chain of ffmpeg's filters."""
   # Repeats and drops frames until they are evenly spaced.
   filters = [] if fps is None else [f"fps={fps!r}"]
+  # Pixels that are not square become so.
+  filters.append("scale=w='iw*sar':h=ih:flags=bicubic,setsar=1")
   size = ""
   if short_side is not None:
     # -1: what keeps the aspect ratio.
@@ -114,6 +116,8 @@ def read_frames(
         max_seconds=max_seconds,
       )
   command = [find_ffmpeg(), "-nostdin", "-hide_banner", "-loglevel", "error"]
+  # However much is damaged, the rest counts.
+  command += ["-max_error_rate", "1"]
   command += ["-threads", "1", "-filter_threads", "1"]
   command += ["-protocol_whitelist", "file,pipe"]
   command += ["-format_whitelist", _CONTAINERS]

@@ -28,3 +28,17 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_cpu_parallel_codegen_split_count=1",
   ]
 )
+
+# Files that take long come first, so that both workers end together.
+_LONG = ("programs", "train", "meshes", "resume", "checkpoints", "dryrun")
+
+
+def pytest_collection_modifyitems(items):
+  """Sorts the tests of all files, and leaves those of a file in their order."""
+  names = [f"test_{name}.py" for name in _LONG]
+
+  def place(item):
+    name = item.path.name
+    return names.index(name) if name in names else len(names)
+
+  items.sort(key=place)

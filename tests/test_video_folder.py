@@ -152,6 +152,18 @@ def test_a_folder_that_changed_is_built_again(copy, tmp_path, monkeypatch):
     assert len(paths) == 6 + 7 + 7 + 7
 
 
+def test_what_is_left_out_is_said(copy, tmp_path, caplog):
+  (copy / "train/cat/a.m4v").write_bytes(b"")
+  (copy / "train/cat/.hidden").write_bytes(b"")
+  (copy / "train/eel").mkdir()
+  assert datasets.num_classes(describe(copy, tmp_path)) == 3
+  lines = [r.getMessage() for r in caplog.records]
+  [empty] = [line for line in lines if "without videos" in line]
+  assert ": 1 folders of classes" in empty and "train/eel" in empty
+  [others] = [line for line in lines if "no videos by their names" in line]
+  assert "cat/a.m4v" in others and "hidden" not in others
+
+
 def test_folders_never_share_what_is_built(folder, copy, tmp_path):
   names = [
     Builder(folder=path, data_dir=tmp_path).builder_config.name
@@ -173,6 +185,7 @@ def broken(copy):
   (copy / "train/dog's ü/foreign.mp4").write_bytes(b"no video" * 99)
   (copy / "train/fish").mkdir()
   (copy / "train/fish/empty.webm").write_bytes(b"")
+  (copy / "train/fish/link.mp4").symlink_to(copy / "nowhere")
   # Sound alone: a file that is whole and has no frame.
   silence = ["-loglevel", "error", "-f", "lavfi", "-i", "anullsrc", "-t", "0.2"]
   path = str(copy / "train/fish/sound.mp4")
@@ -189,7 +202,7 @@ def test_broken_videos_fail_or_are_skipped(
       with pytest.raises(ValueError) as e:
         datasets.num_examples(data)
     message = str(e.value)
-    assert "4 of the 7 files of train cannot be read" in message
+    assert "5 of the 8 files of train cannot be read" in message
     assert "data.on_error='skip'" in message
     for name in ("a.mp4", "foreign.mp4", "empty.webm", "sound.mp4"):
       assert message.count(name) >= 1
@@ -200,10 +213,10 @@ def test_broken_videos_fail_or_are_skipped(
     for _ in range(2):
       assert datasets.num_examples(skip) == 3
     # What was read is not read again.
-    assert len(paths) == 9
+    assert len(paths) == 10
   warnings = [r.getMessage() for r in caplog.records if "left out" in r.message]
   assert len(warnings) == 1
-  assert "4 of the 7 files of train" in warnings[0]
+  assert "5 of the 8 files of train" in warnings[0]
   assert "sound.mp4" in warnings[0]
   # A class of which nothing can be read is a class.
   assert datasets.num_classes(skip) == 3

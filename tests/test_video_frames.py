@@ -70,6 +70,15 @@ def test_short_side_keeps_the_aspect_ratio_and_never_grows(
   np.testing.assert_allclose(greys(frames), greys(pattern(4)), atol=4)
 
 
+def test_pixels_become_square(tmp_path):
+  frames = pattern(2)
+  write_video(tmp_path / "a.mp4", frames, output=["-vf", "setsar=2/1"])
+  assert _decode(tmp_path / "a.mp4").shape == (2, 48, 128, 3)
+  small = _decode(tmp_path / "a.mp4", short_side=24)
+  assert small.shape == (2, 24, 64, 3)
+  np.testing.assert_allclose(greys(small), greys(frames), atol=4)
+
+
 @pytest.mark.parametrize("fps", [5, 12.5, 25, 50, 30000 / 1001])
 def test_rate_takes_the_nearest_frames(fps, tmp_path):
   source = greys(pattern(25))
@@ -200,6 +209,16 @@ def test_damaged_and_absent_videos(tmp_path):
     read_frames(str(path))
   with pytest.raises(ValueError, match="No such file"):
     read_frames(str(tmp_path / "absent.mp4"))
+
+
+def test_what_is_left_of_a_damaged_video(tmp_path):
+  path = tmp_path / "a.mp4"
+  noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8)
+  # The index comes first, and what is of the frames is much more.
+  write_video(path, noise, output=["-movflags", "faststart"])
+  content = path.read_bytes()
+  path.write_bytes(content[: len(content) // 5].ljust(len(content), b"\0"))
+  assert 1 <= len(_decode(path)) < 60 / 3
 
 
 def test_a_video_that_never_ends_is_an_error(tmp_path, monkeypatch):

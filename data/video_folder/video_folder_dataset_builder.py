@@ -8,6 +8,7 @@ split=SPLIT)`: it is built on first use, and again when the folder has changed.
 
 import csv
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from data import video_builder, video_frames
+
+_LOG = logging.getLogger("lookup_vit")
 
 _DESCRIPTION = """\
 Videos of a folder of folders of classes, as JPEG frames. `video_id` is the
@@ -98,8 +101,34 @@ def _stat(path):
   if "://" in os.fspath(path):
     stat = path.stat()
     return stat.length, stat.mtime
-  stat = os.stat(path)  # It knows more than the second.
+  try:
+    stat = os.stat(path)  # It knows more than the second.
+  except FileNotFoundError:  # A link to nothing is a video that is unreadable.
+    return 0, 0
   return stat.st_size, stat.st_mtime_ns
+
+
+def _warn_of_others(root: str, videos: list[Video]) -> None:
+  """Names classes without videos, and files that are none."""
+  visible = [p for p in epath.Path(root).glob("*/*") if p.name[0] != "."]
+  classes = {video.parts[:2] for video in videos}
+  empty = [p for p in visible if p.is_dir() and p.parts[-2:] not in classes]
+  files = [p for folder in visible if folder.is_dir() for p in folder.iterdir()]
+  others = [
+    p
+    for p in files
+    if p.name[0] != "." and p.suffix.lower() not in video_frames.EXTENSIONS
+  ]
+  for paths, what in (
+    (empty, "folders of classes are without videos, and no classes"),
+    (
+      others,
+      f"files are no videos by their names ({', '.join(video_frames.EXTENSIONS)})",
+    ),
+  ):
+    if paths:
+      names = ", ".join(sorted("/".join(p.parts[-3:]) for p in paths)[:3])
+      _LOG.warning("%s: %d %s, such as %s", root, len(paths), what, names)
 
 
 class Builder(video_builder.VideoBuilder, skip_registration=True):
@@ -124,7 +153,7 @@ class Builder(video_builder.VideoBuilder, skip_registration=True):
       raise ValueError(f"no config {kwargs['config']!r}; there are none")
     self._videos = list_folder(folder)
     root = os.path.abspath(os.path.expanduser(folder))
-    root = folder if "://" in folder else root
+    root = self._root = folder if "://" in folder else root
     listing = [root, *((*v.parts, v.size, v.changed) for v in self._videos)]
     fingerprint = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
     stem = re.sub("[^0-9A-Za-z]+", "_", os.path.basename(root.rstrip("/")))
@@ -153,6 +182,7 @@ class Builder(video_builder.VideoBuilder, skip_registration=True):
 
   def _clips(self, dl_manager: tfds.download.DownloadManager):
     splits = {}
+    _warn_of_others(self._root, self._videos)
     for video in self._videos:
       split, label, name = video.parts
       clip = video_builder.Clip(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from etils import epath
+from scipy.stats import qmc
 
 from lookup_vit import config_utils
 from lookup_vit.models import tokens
@@ -96,11 +97,15 @@ def write(
 
 
 def evenly_spaced(grid: tokens.Grid, count: int) -> list[tokens.Grid]:
-  """Places of `count` compressed tokens, spread over the grid in its order."""
-  total = math.prod(grid)
-  count = min(count, total)
-  flat = [(2 * i + 1) * total // (2 * count) for i in range(count)]
-  return [tuple(map(int, np.unravel_index(i, grid))) for i in flat]
+  """Places of `count` compressed tokens, spread over all axes, in order."""
+  count = min(count, math.prod(grid))
+  places = {}  # As a set in the order of its making.
+  points = qmc.Halton(len(grid), scramble=False)
+  points.fast_forward(1)  # The first is a corner.
+  while len(places) < count:
+    [point] = points.random(1)
+    places[tuple(int(p * g) for p, g in zip(point, grid, strict=True))] = None
+  return sorted(places)
 
 
 def write_clips(
@@ -158,7 +163,7 @@ def write_clips(
         axis.set_yticks([])
         if place is None:
           axis.imshow(frames[t])
-          axis.set_title(f"t={t * tubelet}", fontsize=7)
+          axis.set_title(f"t={t * tubelet + tubelet // 2}", fontsize=7)
           continue
         one = clip_maps[place]
         axis.imshow(frames[t].mean(-1), cmap="gray")

@@ -74,7 +74,7 @@ def lookup_grid(image_size: Sequence[int], patch_size: Grid) -> Grid:
       f"got an input of size {tuple(image_size)}."
     )
   for size, patch in zip(image_size, patch_size, strict=True):
-    if size % patch or not size:
+    if size % patch or size < 1:
       raise ValueError(
         f"The patch {patch_size} does not divide the input {tuple(image_size)}."
         " Choose an image size that is a multiple of the patch."

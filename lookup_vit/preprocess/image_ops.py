@@ -7,6 +7,7 @@ and a JPEG is always decoded with the accurate integer DCT, whose pixels do
 not depend on the machine.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -333,7 +334,7 @@ def flip_lr() -> ImageFn:
 
 
 @register("value_range")
-@image_op
+@functools.partial(image_op, of_any_rank=True)
 def value_range(
   vmin: float = -1,
   vmax: float = 1,

@@ -46,15 +46,20 @@ def register(name: str) -> Callable:
   return decorate
 
 
-def image_op(factory: Callable) -> Callable[..., PreprocessFn]:
+def image_op(
+  factory: Callable, of_any_rank: bool = False
+) -> Callable[..., PreprocessFn]:
   """Makes an op factory from one whose functions map an image alone.
 
   Args:
     factory: `factory(*args) -> fn(image, seed) -> image`.
+    of_any_rank: whether an image may have axes before [height, width,
+      channels].
 
   Returns:
     A factory, of the same signature, of functions on `data` that replace
-    `data["image"]`. They raise KeyError if there is none.
+    `data["image"]`. They raise KeyError if there is none, and ValueError if it
+    has more axes than it may.
   """
 
   @functools.wraps(factory)
@@ -64,6 +69,12 @@ def image_op(factory: Callable) -> Callable[..., PreprocessFn]:
     def apply(data: Data, seed: tf.Tensor) -> Data:
       if "image" not in data:
         raise KeyError(f"wanted the key 'image', the data has {sorted(data)}")
+      shape = data["image"].shape
+      if not of_any_rank and shape.rank is not None and shape.rank > 3:
+        raise ValueError(
+          f"{factory.__name__} wants an image [height, width, channels], got "
+          f"one of shape {shape}; put it before unfold_clip and unfold_views"
+        )
       return {**data, "image": fn(data["image"], seed)}
 
     return apply
@@ -88,25 +99,34 @@ def get_preprocess_fn(pp: str) -> PreprocessFn:
     mapped by `tf.data`.
 
   Raises:
-    ValueError: if an op is malformed or unknown, or its arguments do not fit.
+    ValueError: if an op is malformed or unknown, or its arguments do not fit;
+      by the function, if an op misses a key in the data.
   """
   segments = [s for s in (part.strip() for part in pp.split("|")) if s]
+
+  def name_op(i):
+    return (
+      f"op {i + 1} of {len(segments)}, {segments[i]!r}, in the preprocessing "
+      f"string {pp!r}"
+    )
+
   ops = []
-  for position, segment in enumerate(segments, 1):
+  for i, segment in enumerate(segments):
     try:
       ops.append(_make_op(segment))
     except (TypeError, ValueError) as e:
-      raise ValueError(
-        f"op {position} of {len(segments)}, {segment!r}, in the preprocessing "
-        f"string {pp!r}: {e}"
-      ) from e
+      raise ValueError(f"{name_op(i)}: {e}") from e
 
   # The ops are graph code already; AutoGraph would only slow the tracing.
   @tf.autograph.experimental.do_not_convert
   def preprocess(data: Data, seed: tf.Tensor) -> Data:
     data = dict(data)
     for i, op in enumerate(ops):
-      data = op(data, tf.random.experimental.stateless_fold_in(seed, i))
+      seed_i = tf.random.experimental.stateless_fold_in(seed, i)
+      try:
+        data = op(data, seed_i)
+      except KeyError as e:
+        raise ValueError(f"{name_op(i)}: {e.args[0]}") from e
     return data
 
   return preprocess

@@ -221,6 +221,11 @@ def test_chosen_tokens(of_clips, tmp_path):
     assert len(set(places)) == len(places) == min(4, np.prod(grid))
     assert places == sorted(places)
     assert np.all(np.asarray(places) < grid)
+  for grid in [(4, 2, 2), (8, 7, 7), (5, 5)]:
+    # Along every axis, in more places than one.
+    places = np.array(attention_maps.evenly_spaced(grid, 4))
+    assert np.all(places.std(0) > 0)
+  assert len(set(places[:, 0])) == len(set(places[:, 1])) == 4
   assert attention_maps.evenly_spaced((4, 1, 1), 4) == [
     (t, 0, 0) for t in range(4)
   ]

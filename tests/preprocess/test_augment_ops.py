@@ -199,10 +199,10 @@ def test_wrong_arguments(pp, match):
 def test_wrong_data():
   color = get_preprocess_fn("color_jitter")
   for image in (FOLDED.astype(np.float32), FOLDED[..., :4], CLIP):
-    with pytest.raises(ValueError, match="color_jitter wants a uint8 image"):
+    with pytest.raises(ValueError, match="color_jitter wants an? .*image"):
       color({"image": tf.constant(image)}, [0, 0])
   flip = get_preprocess_fn("flip_lr_swap((0, 1))")
-  with pytest.raises(KeyError, match="'label'"):
+  with pytest.raises(ValueError, match="'label'"):
     flip({"image": tf.constant(FOLDED)}, [0, 0])
   for label in (0.5, [1, 0]):
     with pytest.raises(ValueError, match="an integer as 'label'"):

@@ -372,7 +372,7 @@ def test_wrong_arguments(pp, match):
 
 @pytest.mark.parametrize("op", ["sample_clip(2)", "decode_clip"])
 def test_wrong_videos(op):
-  with pytest.raises(KeyError, match=r"'video', the data has \['image'\]"):
+  with pytest.raises(ValueError, match=r"'video', the data has \['image'\]"):
     apply(op, image=b"")
   with pytest.raises(ValueError, match=r"float32 of shape \(2, 4, 4, 3\)"):
     apply(op, video=np.zeros((2, 4, 4, 3), np.float32))
@@ -385,6 +385,16 @@ def test_decode_clip_wants_a_clip():
   fn = get_preprocess_fn("decode_clip")
   with pytest.raises(ValueError, match=r"put sample_clip\(FRAMES\)"):
     tf.function(lambda data: fn(data, SEED)).get_concrete_function(spec)
+
+
+@pytest.mark.parametrize(
+  "op", ["flip_lr", "resize(4)", "resize_small(4)", "random_crop(2)", "pad(9)"]
+)
+def test_ops_on_frames_come_before_unfolding(op):
+  image = np.zeros((5, 6, 9), np.uint8)
+  name = op.partition("(")[0]
+  with pytest.raises(ValueError, match=f"{name} wants .*before unfold_clip"):
+    apply(f"unfold_clip(3)|{op}", image=image)
 
 
 def test_unfold_clip_wants_channels_that_fit():
