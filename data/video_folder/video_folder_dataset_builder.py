@@ -119,12 +119,10 @@ def _warn_of_others(root: str, videos: list[Video]) -> None:
     for p in files
     if p.name[0] != "." and p.suffix.lower() not in video_frames.EXTENSIONS
   ]
+  known = ", ".join(video_frames.EXTENSIONS)
   for paths, what in (
     (empty, "folders of classes are without videos, and no classes"),
-    (
-      others,
-      f"files are no videos by their names ({', '.join(video_frames.EXTENSIONS)})",
-    ),
+    (others, f"files are no videos by their names ({known})"),
   ):
     if paths:
       names = ", ".join(sorted("/".join(p.parts[-3:]) for p in paths)[:3])
