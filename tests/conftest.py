@@ -33,6 +33,13 @@ os.environ["XLA_FLAGS"] = " ".join(
 _LONG = ("programs", "train", "meshes", "resume", "checkpoints", "dryrun")
 
 
+def pytest_addoption(parser):
+  """Adds `--full`."""
+  parser.addoption(
+    "--full", action="store_true", help="test_meshes.py: at the whole config"
+  )
+
+
 def pytest_collection_modifyitems(items):
   """Sorts the tests of all files, and leaves those of a file in their order."""
   names = [f"test_{name}.py" for name in _LONG]

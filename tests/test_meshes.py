@@ -1,4 +1,8 @@
-"""The same training on one device, on eight, and on two processes of four."""
+"""The same training on one device, on eight, and on two processes of four.
+
+It is by the digits config; without `--full`, at one of four blocks and two of
+three grids.
+"""
 
 import json
 import math
@@ -23,7 +27,7 @@ MESHES = {
 # Trains by the digits config on each mesh; writes what came of it.
 PROGRAM = f"""
 import json, os, sys
-out, devices, process, count, port = sys.argv[1:]
+out, devices, process, count, port, full = sys.argv[1:]
 
 import jax
 
@@ -42,9 +46,10 @@ if int(count) > 1:
 def program_of(mesh, sharding, devices=None):
   config = config_utils.load("configs/digits_lookup.py")
   config.mesh, config.sharding = mesh, sharding
-  # Less to compile, and fewer collectives, which are slow between processes.
-  config.model.depth = 1
-  config.grids = config.grids[:2]
+  if full != "True":
+    # Less to compile, and fewer collectives, which are slow between processes.
+    config.model.depth = 1
+    config.grids = config.grids[:2]
   config = config_utils.resolve(config)
   # As many steps as training has, for the schedule's sake.
   return train_step.Program(config, 1348, devices)
@@ -115,16 +120,17 @@ def flat(params):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(request, tmp_path_factory):
   """What each mesh came to: losses and others, and parameters, by name."""
   out = tmp_path_factory.mktemp("meshes")
+  full = request.config.getoption("--full")
   for count in (2, 1):
     with socket.socket() as s:
       s.bind(("127.0.0.1", 0))
       port = s.getsockname()[1]
     processes = [
       programs.Program(
-        *("-c", PROGRAM, out, 8 // count, i, count, port),
+        *("-c", PROGRAM, out, 8 // count, i, count, port, full),
         stderr=out / f"stderr_{count}_{i}",
       )
       for i in range(count)
