@@ -5,22 +5,29 @@ r"""Multi-resolution LookupViViT on moving digits: the class is the motion.
     python -m lookup_vit.dryrun --topology=cpu:8 \
         --config=configs/moving_digits_lookup.py
 
-Arguments: `seed`, `epochs`, and `runlocal` for a run of seconds. `still` shows
-one frame for the whole clip, a random one in training and the eighth in
-evaluation: what a model can know without motion. `task=glyph` asks which digit
-it is instead.
+Arguments: `seed`, `epochs`, and `runlocal` for a run of seconds; `grid=4x2x2`
+trains at one grid. `still` shows one frame for the whole clip, a random one in
+training and the eighth in evaluation: what a model can know without motion.
+`task=glyph` asks which digit it is instead.
 """
 
 import ml_collections
 
 from configs import common
+from lookup_vit import config_utils
 
 _CLASSES = {"motion": 8, "glyph": 10}
 
 
 def get_config(arg=None):
   arg = common.parse_arg(
-    arg, seed=0, epochs=6.0, task="motion", still=False, runlocal=False
+    arg,
+    seed=0,
+    epochs=6.0,
+    grid="",
+    task="motion",
+    still=False,
+    runlocal=False,
   )
   if arg.task not in _CLASSES:
     raise ValueError(
@@ -54,6 +61,9 @@ def get_config(arg=None):
   config.model.positions = "sincos"
   config.model.grid = (4, 2, 2)
   config.grids = [(2, 2, 2), (4, 2, 2), (4, 3, 3)]
+  if arg.grid:
+    config.model.grid = config_utils.parse_grid(arg.grid)
+    config.grids = None
 
   config.optax_name = "adamw"
   config.grad_clip_norm = 1.0

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from scipy import fft, stats
 from sklearn import datasets
 
-from configs import moving_digits_lookup
+from configs import moving_digits_lookup, moving_digits_vivit
 from data.moving_digits import Builder
 from data.moving_digits import moving_digits_dataset_builder as module
 from lookup_vit import config_utils, train, train_step
@@ -353,5 +353,9 @@ def test_arguments():
       assert config.num_classes == classes
       for data in (config.input.data, config.evals.test.data):
         assert data.module == f"data.moving_digits/{task}"
+  config = get_config("grid=2x2x2")
+  assert config.grids is None and config.model.grid == (2, 2, 2)
+  with pytest.raises(ValueError, match="grid"):
+    moving_digits_vivit.get_config("grid=2x2x2")
   with pytest.raises(ValueError, match="task='speed'.*motion, glyph"):
     get_config("task=speed")
