@@ -244,7 +244,10 @@ def test_continuous_integration(launch, fails):
   assert process.returncode == (3 if fails else 0)
   assert installed(calls) == [".[test]"]
   work = worked(calls)
-  assert len(work) == 4
+  # The second time, the meshes at the whole config.
+  tested = [args for _, args in work if args.startswith("-m pytest")]
+  assert len(tested) == (1 if fails else 2) and len(work) == 3 + len(tested)
+  assert fails or tested[1] == "-m pytest tests/test_meshes.py --full"
   assert all(p.startswith(f"{launch.path}/tmp/") for p, _ in work)
   assert not list((launch.path / "tmp").iterdir())
   assert not (launch.repo / ".venv").exists()

@@ -1,6 +1,6 @@
 """The same training on one device, on eight, and on two processes of four.
 
-It is by the digits config; without `--full`, at one of four blocks and two of
+It is by the digits config; without `--full`, at one of four blocks and one of
 three grids.
 """
 
@@ -49,7 +49,7 @@ def program_of(mesh, sharding, devices=None):
   if full != "True":
     # Less to compile, and fewer collectives, which are slow between processes.
     config.model.depth = 1
-    config.grids = config.grids[:2]
+    config.grids = config.grids[:1]
   config = config_utils.resolve(config)
   # As many steps as training has, for the schedule's sake.
   return train_step.Program(config, 1348, devices)
