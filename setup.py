@@ -24,6 +24,7 @@ setup(
     "orbax-checkpoint>=0.12",
     "pillow",  # The embedded digits.
     "scikit-learn",  # The embedded digits.
+    "scipy",
     "tensorboard",  # clu.metric_writers needs it.
     "tensorflow>=2.21",
     "tensorflow-datasets>=4.9.10",
