@@ -85,8 +85,7 @@ def get_config(arg=None):
     remat_policy="nothing_saveable",
   )
   if arg.model == "lookup_vit":
-    config.grids = common.video_grids(arg.variant, config.input.image_size)
-    config.model.grid = config.grids[len(config.grids) // 2]
+    common.look_up(config)
   common.start_from(config, arg.init)
 
   config.optax_name = "adamw"
