@@ -6,7 +6,7 @@ evaluate.py run the very same steps.
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -152,30 +152,31 @@ class Program:
       sizes["hidden units of the lookup MLP"] = hidden
     parallel.check_tensor(self.mesh, self.config.sharding, sizes)
 
-  def _compile(self, function, out_shardings, **kwargs):
+  def compile(
+    self, function: Callable, out_shardings: Any, **kwargs: Any
+  ) -> parallel.Compiled:
     """As `jax.jit`, with the constraints on activations active."""
     jitted = jax.jit(function, out_shardings=out_shardings, **kwargs)
     return parallel.Compiled(jitted, self.mesh, self.config.sharding)
 
   def _trace(self):
     """Update and evaluation by shapes, to find what cannot work."""
-    shape = (self.config.input.batch_size, *self.config.input.image_size, 3)
-    batch = {
-      "image": jax.ShapeDtypeStruct(shape, jnp.float32),
-      "label": jax.ShapeDtypeStruct(shape[:1], jnp.int32),
-    }
+    size = self.config.input.batch_size
+    batch = self.task.batch_shapes(size)
     grid = self.grids[0]
     update = functools.partial(self.update, grid=grid)
     jax.eval_shape(update, self.state_shapes, batch)
-    batch["_mask"] = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+    batch["_mask"] = jax.ShapeDtypeStruct((size,), jnp.float32)
     evaluate = functools.partial(self.evaluate, grid=grid)
     jax.eval_shape(evaluate, self.state_shapes.params, batch)
 
   def _init_params(self, grid=None):
     rng = jax.random.fold_in(jax.random.key(self.config.seed), 0)
-    images = jnp.zeros((1, *self.config.input.image_size, 3))
+    batch = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), self.task.batch_shapes(1)
+    )
     fields = {} if grid is None else {"grid": grid}
-    return self.model.init(rng, images, **fields)["params"]
+    return self.model.init(rng, *self.task.inputs(batch), **fields)["params"]
 
   def _init_state(self, params=None):
     if params is None:
@@ -192,7 +193,7 @@ class Program:
 
   def init_state(self, params: Any = None) -> TrainState:
     """The state before step 0, of given or freshly drawn parameters."""
-    return self._compile(self._init_state, self.state_shardings)(params)
+    return self.compile(self._init_state, self.state_shardings)(params)
 
   def check_input(
     self, spec: Any, field: str, views: tuple[str, int] | None = None
@@ -208,11 +209,7 @@ class Program:
     also = ""
     if views:
       want, also = (views[1], *want), f" with {views[0]}={views[1]}"
-    names = sorted(spec)
-    if "image" not in spec or not {"label", "labels"} & set(names):
-      raise ValueError(
-        f"{field}: a batch has {names}; want 'image' and 'label' or 'labels'."
-      )
+    self.task.check_input(spec, field)
     got = tuple(spec["image"].shape[1:])
     if got != want:
       raise ValueError(
@@ -224,17 +221,13 @@ class Program:
         f"{field} makes images of {spec['image'].dtype.name}; want float32 in "
         "[-1, 1]: add value_range(-1,1)."
       )
-    if "labels" in spec and spec["labels"].shape[1] != self.config.num_classes:
-      raise ValueError(
-        f"{field} makes targets of {spec['labels'].shape[1]} classes, "
-        f"config.num_classes is {self.config.num_classes}."
-      )
 
   def apply(self, params, batch, grid, **kwargs):
     """The model's `(logits, out)` for a batch."""
     if grid is not None:
       kwargs["grid"] = grid
-    return self.model.apply({"params": params}, batch["image"], **kwargs)
+    inputs = self.task.inputs(batch)
+    return self.model.apply({"params": params}, *inputs, **kwargs)
 
   def _gradients(self, params, batch, rng, grid):
     capture = ()
@@ -318,7 +311,7 @@ class Program:
     and each head's, `grad_norm`, `update_norm`, `param_norm`, `lr`, `finite`,
     and `attention_logit_max` where the config asks for it.
     """
-    return self._compile(
+    return self.compile(
       self.update,
       (self.state_shardings, parallel.replicated(self.mesh)),
       static_argnums=2,
@@ -359,6 +352,6 @@ class Program:
     The sums: each of the task's metrics over the examples that count,
     `examples` (how many count) and `seen` (how many are no padding).
     """
-    return self._compile(
+    return self.compile(
       self.evaluate, parallel.replicated(self.mesh), static_argnums=2
     )

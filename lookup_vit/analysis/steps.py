@@ -13,7 +13,6 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
-import functools
 import glob
 import importlib.util
 import math
@@ -198,21 +197,29 @@ def batch_shape(config: Any, kind: str) -> tuple[int, int]:
   return max(shapes, key=math.prod, default=train)
 
 
+def batch_shapes(
+  program: train_step.Program, kind: str, one_view: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """A batch of the `train` or `evaluation` step, laid out on the mesh.
+
+  With `one_view`, images are without the axis of views.
+  """
+  size, views = batch_shape(program.config, kind)
+  batch = program.task.batch_shapes(size)
+  if views > 1 and not one_view:
+    shape = (size, views, *batch["image"].shape[1:])
+    batch["image"] = jax.ShapeDtypeStruct(shape, np.float32)
+  if kind == "evaluation":
+    batch["_mask"] = jax.ShapeDtypeStruct((size,), np.float32)
+  sharding = parallel.batch_sharding(program.mesh)
+  return {name: x.update(sharding=sharding) for name, x in batch.items()}
+
+
 def lower(
   program: train_step.Program, kind: str, grid: Any, one_view: bool = False
 ) -> Any:
   """The `train` or `evaluation` step for a grid, by shapes."""
-  config = program.config
-  size, views = batch_shape(config, kind)
-  shape = (*config.input.image_size, 3)
-  if views > 1 and not one_view:
-    shape = views, *shape
-  sharding = parallel.batch_sharding(program.mesh)
-  array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-  batch = {
-    "image": array((size, *shape), np.float32),
-    "label": array((size,), np.int32),
-  }
+  batch = batch_shapes(program, kind, one_view)
   state = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     program.state_shapes,
@@ -220,7 +227,6 @@ def lower(
   )
   if kind == "train":
     return program.update_step.lower(state, batch, grid)
-  batch["_mask"] = array((size,), np.float32)
   return program.evaluation_step.lower(state.params, batch, grid)
 
 
@@ -246,13 +252,12 @@ def held_bytes(
       name = "/".join([part, *filter(None, keys)])
       size = math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
       held[part][name] = held[part].get(name, 0) + size
-  config = program.config
-  size, views = batch_shape(config, kind)
-  local = size // math.prod(
-    program.mesh.shape[axis] for axis in ("data", "fsdp")
-  )
-  image = local * views * math.prod(config.input.image_size) * 3 * 4
-  held["batch"] = {"batch/image": image, "batch/label": local * 4}
+  held["batch"] = {
+    f"batch/{name}": math.prod(x.sharding.shard_shape(x.shape))
+    * x.dtype.itemsize
+    for name, x in batch_shapes(program, kind).items()
+    if name != "_mask"
+  }
   return held
 
 

@@ -1,6 +1,11 @@
 """Tasks: what train.py asks of one. Each file has a class `Task(config)`.
 
 A task has
+  `batch_shapes(size)`: a training batch, as the input pipeline makes it, by
+    shapes;
+  `check_input(spec, field)`: raises ValueError unless batches of such shapes,
+    made by a config field, are of the task;
+  `inputs(batch)`: the arguments that the model is called with;
   `augment(batch, first, rng)`: the batch as trained on, after mixing; it is
     called for the part of the global batch that one device has, which begins
     with example `first` of it;

@@ -1,5 +1,6 @@
 """Image and video classification."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,8 @@ class Task:
   `labels [batch, classes]`; in evaluation also `_mask [batch]`.
 
   Args:
-    config: `num_classes`, `loss`, `label_smoothing`, `mixup`, `cutmix`.
+    config: `num_classes`, `input.image_size`, `loss`, `label_smoothing`,
+      `mixup`, `cutmix`.
 
   Raises:
     ValueError: a field is missing or out of range.
@@ -41,6 +43,31 @@ class Task:
       )
     self.config = config
     self.group = 2 if mixed else 1
+
+  def batch_shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A training batch of so many examples, by shapes."""
+    shape = (size, *self.config.input.image_size, 3)
+    return {
+      "image": jax.ShapeDtypeStruct(shape, jnp.float32),
+      "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+
+  def check_input(self, spec: Mapping[str, Any], field: str) -> None:
+    """Raises ValueError unless a batch, made by a config field, has targets."""
+    names = sorted(spec)
+    if "image" not in spec or not {"label", "labels"} & set(names):
+      raise ValueError(
+        f"{field}: a batch has {names}; want 'image' and 'label' or 'labels'."
+      )
+    if "labels" in spec and spec["labels"].shape[1] != self.config.num_classes:
+      raise ValueError(
+        f"{field} makes targets of {spec['labels'].shape[1]} classes, "
+        f"config.num_classes is {self.config.num_classes}."
+      )
+
+  def inputs(self, batch: Mapping[str, Any]) -> tuple[jax.Array]:
+    """What of a batch the model is called with."""
+    return (batch["image"],)
 
   def augment(
     self, batch: dict[str, Any], first: Any, rng: jax.Array
