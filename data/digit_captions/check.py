@@ -32,16 +32,14 @@ def read(path: str) -> list[Mapping[str, Any]]:
     results = json.loads(epath.Path(path).read_text())
   except (ValueError, RecursionError) as e:
     raise ValueError(f"{path} is no JSON: {e}") from None
+  wanted = f'{path}: want a list of {{"image_id": int, "caption": str}}, got'
   if not isinstance(results, list):
-    results = [results]
-  for i, result in enumerate(results):
-    fields = result if isinstance(result, dict) else {}
+    raise ValueError(f"{wanted} {str(results)[:80]}.")
+  for i, entry in enumerate(results):
+    fields = entry if isinstance(entry, dict) else {}
     types = [type(fields.get(name)) for name in ("image_id", "caption")]
     if types != [int, str]:
-      raise ValueError(
-        f'{path}: want a list of {{"image_id": int, "caption": str}}, '
-        f"got {str(result)[:80]} at {i}."
-      )
+      raise ValueError(f"{wanted} {str(entry)[:80]} at {i}.")
   return results
 
 

@@ -84,8 +84,7 @@ def relation(a: Digit, b: Digit) -> tuple[int, int]:
 
   Two digits have one relation: "above" alone is in the same column.
   """
-  rows, columns = a.row - b.row, a.column - b.column
-  return (rows > 0) - (rows < 0), (columns > 0) - (columns < 0)
+  return int(np.sign(a.row - b.row)), int(np.sign(a.column - b.column))
 
 
 # From a scene to sentences.
@@ -138,9 +137,10 @@ def _draw(digits, rng):
   if template == "list":
     return _list(digits, sized, preposition)
   if template == "counted":
-    some = "is one digit" if len(digits) == 1 else None
-    some = some or f"are {NAMES[len(digits)]} digits"
-    return f"there {some}, {_list(digits, sized, preposition)}"
+    count = f"are {NAMES[len(digits)]} digits"
+    if len(digits) == 1:
+      count = "is one digit"
+    return f"there {count}, {_list(digits, sized, preposition)}"
   if template == "where_first":
     places = [f"{preposition} the {_cell(d)}" for d in digits]
     places[0] += " is"
@@ -189,7 +189,7 @@ _PLACE = f"(?:in|at) {_CELL}"
 _ITEM = f"{_ANY}(?: {_PLACE})?"
 _SHOWS = f"{_CELL} shows {_ANY}"
 # The longer ones first, as the first that fits is taken.
-_SIDE = "|".join(sorted(RELATIONS.values(), key=len, reverse=True))
+_SIDE = f"(?:{'|'.join(sorted(RELATIONS.values(), key=len, reverse=True))})"
 _COUNT = f"is one digit|are (?:{'|'.join(NAMES[2:])}) digits"
 
 _LIST = re.compile(
@@ -200,9 +200,7 @@ _PLACES_FIRST = re.compile(
   f"{_PLACE} is {_ANY}(?: {_PLACE} {_ANY})*"
   f"|{_SHOWS}(?:(?: {_SHOWS})* and {_SHOWS})?"
 )
-_CHAIN = re.compile(
-  f"{_ANY} (?:{_SIDE}) {_ANY}(?: which is (?:{_SIDE}) {_ANY})*"
-)
+_CHAIN = re.compile(f"{_ANY} {_SIDE} {_ANY}(?: which is {_SIDE} {_ANY})*")
 
 
 def parse(text: str) -> Claims | None:
@@ -236,7 +234,7 @@ def parse(text: str) -> Claims | None:
     signs = {phrase: key for key, phrase in RELATIONS.items()}
     relations = tuple(
       (i, i + 1, signs[phrase])
-      for i, phrase in enumerate(re.findall(f"(?:{_SIDE})", text))
+      for i, phrase in enumerate(re.findall(_SIDE, text))
     )
   else:
     return None
@@ -292,9 +290,7 @@ def check(text: str, digits: Sequence[Digit]) -> dict[str, bool]:
     key=lambda truths: (sum(truths["names"]), sum(map(sum, truths.values()))),
   )
   related = {i for *pair, _ in claims.relations for i in pair}
-  located = [
-    m.place is not None or i in related for i, m in enumerate(mentions)
-  ]
+  located = [m.place or i in related for i, m in enumerate(mentions)]
   names = collections.Counter(m.name for m in mentions)
   right = {
     "grammatical": True,
