@@ -490,9 +490,7 @@ def read_references(path: str) -> dict[int, list[str]]:
   want = "COCO's annotations, with a list `annotations`"
   for i, caption in _sentences(path, rows, want):
     if i not in references:
-      raise ValueError(
-        f"{path}: a caption of image {i}, not one of its images."
-      )
+      raise ValueError(f"{path}: a caption of image {i}, which it lacks.")
     references[i].append(caption)
   return references
 
