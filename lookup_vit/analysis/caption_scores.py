@@ -214,9 +214,8 @@ def _folder(part: str) -> pathlib.Path:
 
 
 def _command(*arguments: str) -> list[str]:
-  """Java with what would else depend on the machine's language."""
-  options = ("file.encoding=UTF-8", "stdout.encoding=UTF-8", "user.language=en")
-  return [_java(), *(f"-D{option}" for option in options), *arguments]
+  """Java, in English: METEOR fails where numbers have a decimal comma."""
+  return [_java(), "-Duser.language=en", "-Duser.country=US", *arguments]
 
 
 def _run_java(name, *arguments, cwd, **kwargs) -> bytes:
