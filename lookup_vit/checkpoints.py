@@ -276,7 +276,8 @@ def init_from(
   Blocks are converted between the layouts of scan and loop, positions resized
   (linearly) where the grids differ; heads keep their fresh values where the
   shapes differ. For a video model, those of an image model are inflated
-  (`models/inflation.py`). What was not loaded is logged.
+  (`models/inflation.py`). A captioner's encoder starts from a checkpoint of the
+  encoder alone. What was not loaded is logged.
 
   Args:
     spec: `WORKDIR` or `WORKDIR:STEP`.
@@ -296,6 +297,9 @@ def init_from(
     source, step, _ = load_params(workdir, step, sharding)
   except ValueError as e:
     raise type(e)(f"config.model_init={spec!r}: {e}") from None
+  whole, part = params, None
+  if "encoder" in params and "encoder" not in source:
+    part, params = "encoder", params["encoder"]
   convert = layers.stack_blocks if depth_scan else layers.unstack_blocks
   source = traverse_util.flatten_dict(
     convert(jax.tree.map(np.asarray, source)), sep="/"
@@ -348,4 +352,8 @@ def init_from(
   ):
     if names:
       log.info("  %s: %s", what, ", ".join(dict.fromkeys(names)))
-  return traverse_util.unflatten_dict(result, sep="/")
+  result = traverse_util.unflatten_dict(result, sep="/")
+  if part is None:
+    return result
+  log.info("  That is the %s; the rest is freshly initialised.", part)
+  return {**whole, part: result}

@@ -37,6 +37,7 @@ DEFAULTS = dict(
   # Task: a module of lookup_vit/tasks.
   task="classification",
   loss="softmax_xent",  # or "sigmoid_xent"
+  tokenizer=None,  # of captions: path of a SentencePiece model
   label_smoothing=0.0,
   mixup=dict(p=0.0),  # p of the Beta(p, p) that the mixing weight is drawn from
   cutmix=dict(p=0.0),
@@ -128,6 +129,7 @@ _WANTED = {
   ),
   "task": _TEXT,
   "loss": _TEXT,
+  "tokenizer": _optional(_TEXT),
   "label_smoothing": (
     (lambda x: _is_number(x) and 0 <= x < 1),
     "a number in [0, 1)",

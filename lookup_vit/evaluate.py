@@ -16,6 +16,7 @@ from lookup_vit import (
   config_utils,
   distributed,
   parallel,
+  tokenizer,
   train,
   train_step,
 )
@@ -44,8 +45,8 @@ def evaluate(
     `evaluation_STEP.json` too.
 
   Raises:
-    ValueError: no work directory, no such checkpoint, a damaged one, or no
-      evaluator in the config.
+    ValueError: no work directory, no such checkpoint, a damaged one, no
+      evaluator in the config, or another tokenizer than that of the training.
   """
   config = config_utils.read_workdir(workdir)
   if not config.evals:
@@ -60,6 +61,9 @@ def evaluate(
     config.input.batch_size = batch_size
     for evaluator in config.evals.values():
       evaluator.batch_size = batch_size
+  if config.tokenizer is not None:
+    config.tokenizer = tokenizer.of_workdir(workdir)
+    train.load_tokenizer(config)
   program = train_step.Program(config, config.total_steps)
   evaluators = train.make_evaluators(program, config.evals)
   params, step, _ = checkpoints.load_params(
@@ -67,7 +71,7 @@ def evaluate(
   )
   metrics = {}
   for evaluator, _ in evaluators.values():
-    metrics.update(evaluator.run(params))
+    metrics.update(evaluator.run(params, workdir=workdir))
   rows = summary.results(program, metrics)
   if jax.process_index() != 0:
     return rows

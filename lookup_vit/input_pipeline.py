@@ -416,3 +416,52 @@ def make_eval(
     _explain(source, some, one)
 
   return Batches(ds.prefetch(_AUTOTUNE), explain), num_batches
+
+
+def eval_places(
+  size: int, batch_size: int, number: int, process_count: int = 1
+) -> np.ndarray:
+  """Which example of a split each one of a global batch of `make_eval` is.
+
+  Args:
+    size: of the split.
+    batch_size: size of the global batch.
+    number: of the batch.
+    process_count: number of hosts.
+
+  Returns:
+    int64 `[batch_size]`, the hosts' parts one after another; -1 for padding.
+  """
+  bounds = np.arange(process_count + 1) * size // process_count
+  local = np.arange(batch_size // process_count)
+  places = bounds[:-1, None] + number * len(local) + local
+  return np.where(places < bounds[1:, None], places, -1).reshape(-1)
+
+
+def examples(data: Mapping[str, Any], *, pp: str) -> Iterator[dict[str, Any]]:
+  """Examples of a split one by one, in its order, with features of any kind.
+
+  Args:
+    data: a data description.
+    pp: the preprocessing string. The seed of an example is its position.
+
+  Yields:
+    Dictionaries of NumPy arrays and bytes.
+
+  Raises:
+    ValueError: as for `make_eval`.
+  """
+  preprocess = get_preprocess_fn(pp)
+  source = records.open_records(descriptions.check(data))
+
+  @tf.autograph.experimental.do_not_convert
+  def one(index, record):
+    return preprocess(source.load(record), fold(make_seed(0), index))
+
+  sequence = source.in_sequence(0, source.size)
+
+  def explain(number):
+    _explain(source, sequence.skip(number).take(1), one)
+
+  ds = sequence.map(one, _AUTOTUNE, deterministic=True).prefetch(_AUTOTUNE)
+  yield from Batches(ds, explain)

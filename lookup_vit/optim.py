@@ -7,7 +7,7 @@ update is `-schedule(step) * (lr * lr_mult * u + wd * wd_mult * param)`. So
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,10 @@ Schedule = Callable[[Any], Any]
 
 
 def make(
-  config: ml_collections.ConfigDict, params: Any, total_steps: int
+  config: ml_collections.ConfigDict,
+  params: Any,
+  total_steps: int,
+  frozen: Sequence[str] = (),
 ) -> tuple[optax.GradientTransformation, Schedule]:
   """The optimizer, and its learning rate as a function of the step.
 
@@ -32,6 +35,7 @@ def make(
       without a match, the learning rate's factor is 1 and weight decay's is 0.
     params: the parameters or their shapes.
     total_steps: length of the training.
+    frozen: regexes of what is not trained beside `config.frozen`.
 
   Raises:
     ValueError: an unknown optimizer, option or schedule, or a regex that
@@ -61,7 +65,7 @@ def make(
     optax.scale_by_schedule(lambda step: -schedule(step)),
   ]
   tx = optax.chain(*steps)
-  labels = trainable(config, params)
+  labels = trainable(config, params, frozen)
   if not any(jax.tree.leaves(labels)):
     raise ValueError(f"config.frozen={list(config.frozen)} leaves nothing.")
   if not all(jax.tree.leaves(labels)):
@@ -71,10 +75,16 @@ def make(
   return tx, lambda step: config.lr * schedule(step)
 
 
-def trainable(config: ml_collections.ConfigDict, params: Any) -> Any:
-  """A tree of booleans: False where `config.frozen` matches the path."""
-  frozen = by_path([(r, True) for r in config.frozen], params, False, "frozen")
-  return jax.tree.map(lambda f: not f, frozen)
+def trainable(
+  config: ml_collections.ConfigDict, params: Any, frozen: Sequence[str] = ()
+) -> Any:
+  """A tree of booleans: False where a regex matches the path.
+
+  Regexes are those of `config.frozen`, and of `frozen`.
+  """
+  rules = [(regex, True) for regex in (*config.frozen, *frozen)]
+  found = by_path(rules, params, False, "frozen")
+  return jax.tree.map(lambda f: not f, found)
 
 
 def paths(params: Any) -> list[str]:

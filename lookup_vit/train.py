@@ -30,6 +30,7 @@ from lookup_vit import (
   input_wait,
   metric_writer,
   parallel,
+  tokenizer,
   train_step,
 )
 from lookup_vit.analysis import summary
@@ -43,6 +44,9 @@ log = logging.getLogger("lookup_vit")
 # enough that a loss that is not finite is seen soon (and that many virtual CPU
 # devices in one process do not deadlock).
 _IN_FLIGHT = 8
+
+# Metrics that are logged: their names for people, and how they are written.
+_HEADLINES = {"top1": ("top-1", "{:.2%}"), "CIDEr": ("CIDEr", "{:.3f}")}
 
 # Share of the time that the devices wait for data from which on it is told.
 _SLOW_INPUT = 0.1
@@ -70,6 +74,7 @@ def train_and_evaluate(
   """
   # What can be wrong is found first.
   config = config_utils.resolve(config)
+  words = load_tokenizer(config)
   train_step.build_model(config)
   data = config.input.data
   with config_utils.at_fault("config.input"):
@@ -83,6 +88,8 @@ def train_and_evaluate(
   total_steps = config_utils.total_steps(config, num_examples)
   config.total_steps, config.total_epochs = total_steps, None
   checkpoints.check_workdir(workdir, config)
+  if words:
+    tokenizer.check_workdir(workdir, words)
   program = train_step.Program(config, total_steps)
   check_classes(config, data, "config.input.data")
   evaluators = make_evaluators(program, config.evals)
@@ -95,6 +102,8 @@ def train_and_evaluate(
   state = restore_or_init(program, store)
   start = int(state.step)
   checkpoints.write_config(workdir, config)
+  if words and jax.process_index() == 0:
+    tokenizer.write(workdir, words)
   measured = metric_writer.names(workdir, start)
   writer = None
   if jax.process_index() == 0:
@@ -117,7 +126,7 @@ def train_and_evaluate(
   saved = start
   try:
     due = due_after_restart(evaluators, start, total_steps, measured)
-    metrics = evaluate(due, state, start, writer, measured)
+    metrics = evaluate(due, state, start, workdir, writer, measured)
     for step in range(start, total_steps):
       grid = train_step.draw_grid(program.grids, config.seed, step)
       with wait.fetching():
@@ -137,7 +146,7 @@ def train_and_evaluate(
         saved = step + 1
       if leave:
         raise distributed.Preempted
-      metrics = evaluate(due, state, step + 1, writer)
+      metrics = evaluate(due, state, step + 1, workdir, writer)
       progress.restart_clock(step + 1)
   except distributed.Preempted:
     step = int(state.step)
@@ -181,6 +190,29 @@ def make_dataset(
     )
 
 
+def load_tokenizer(
+  config: ml_collections.ConfigDict,
+) -> tokenizer.Tokenizer | None:
+  """The tokenizer of a config, if it has one; sets `num_classes` if it is None.
+
+  Raises:
+    ValueError: it cannot be read, or its vocabulary has another size than the
+      config.
+  """
+  if config.tokenizer is None:
+    return None
+  with config_utils.at_fault("config.tokenizer"):
+    words = tokenizer.load(config.tokenizer)
+  if config.num_classes is None:
+    config.num_classes = words.size
+  if config.num_classes != words.size:
+    raise ValueError(
+      f"config.tokenizer={config.tokenizer!r} has {words.size} pieces, "
+      f"config.num_classes is {config.num_classes}."
+    )
+  return words
+
+
 def check_classes(
   config: ml_collections.ConfigDict, data: Any, field: str
 ) -> None:
@@ -210,7 +242,8 @@ def restore_or_init(
   state = program.init_state()
   if program.config.model_init is None:
     return state
-  config, model = program.config, program.model
+  config = program.config
+  model = getattr(program.model, "encoder", program.model)
   params = checkpoints.init_from(
     config.model_init,
     parallel.gather(state.params, program.mesh),
@@ -288,6 +321,7 @@ def evaluate(
   evaluators: dict[str, Any],
   state: train_step.TrainState,
   step: int,
+  workdir: str,
   writer: metric_writer.MetricWriter | None,
   measured: Collection[str] = (),
 ) -> dict[str, float]:
@@ -297,6 +331,7 @@ def evaluate(
     evaluators: by name.
     state: what to evaluate.
     step: of the state.
+    workdir: where evaluators may leave files.
     writer: None on processes that do not write.
     measured: names of metrics of this step that were written before.
 
@@ -309,13 +344,15 @@ def evaluate(
   params = state.params if state.ema is None else state.ema
   metrics = {}
   for evaluator in evaluators.values():
-    found = dict(evaluator.run(params, distributed.check))
-    top1 = [
-      f"{k.removesuffix('/top1')} {v:.2%}"
-      for k, v in found.items()
-      if k.endswith("/top1")
-    ]
-    log.info("step %d  top-1: %s", step, ", ".join(top1))
+    found = dict(evaluator.run(params, distributed.check, workdir))
+    for metric, (title, text) in _HEADLINES.items():
+      values = [
+        f"{k.removesuffix(f'/{metric}')} {text.format(v)}"
+        for k, v in found.items()
+        if k.endswith(f"/{metric}")
+      ]
+      if values:
+        log.info("step %d  %s: %s", step, title, ", ".join(values))
     metrics.update(found)
   new = {k: v for k, v in metrics.items() if k not in measured}
   if new and writer:

@@ -129,8 +129,11 @@ class Program:
     self._check_tensor()
     for grid in self.grids:
       shapes = jax.eval_shape(functools.partial(self._init_params, grid=grid))
-    self.tx, self.learning_rate = optim.make(config, shapes, total_steps)
-    self.trainable = optim.trainable(config, shapes)
+    frozen = getattr(self.model, "frozen_params", ())
+    self.tx, self.learning_rate = optim.make(
+      config, shapes, total_steps, frozen
+    )
+    self.trainable = optim.trainable(config, shapes, frozen)
     try:
       self.state_shapes = jax.eval_shape(self._init_state)
       self._trace()
@@ -141,15 +144,18 @@ class Program:
     )
 
   def _check_tensor(self):
-    model = self.model
-    sizes = {
-      "heads": model.num_heads,
-      "hidden units of the MLP": round(model.width * model.mlp_ratio),
-    }
-    if hasattr(model, "grid"):
-      hidden = round(model.width * model.lookup_mlp_ratio)
-      sizes["heads of MHBC"] = model.mhbc_heads or model.num_heads
-      sizes["hidden units of the lookup MLP"] = hidden
+    models = {"": self.model}
+    if hasattr(self.model, "encoder"):
+      models = {" of the encoder": self.model.encoder} | models
+    sizes = {}
+    for whose, model in models.items():
+      sizes[f"heads{whose}"] = model.num_heads
+      hidden = round(model.width * model.mlp_ratio)
+      sizes[f"hidden units of the MLP{whose}"] = hidden
+      if hasattr(model, "lookup_mlp_ratio"):
+        hidden = round(model.width * model.lookup_mlp_ratio)
+        sizes["heads of MHBC"] = model.mhbc_heads or model.num_heads
+        sizes["hidden units of the lookup MLP"] = hidden
     parallel.check_tensor(self.mesh, self.config.sharding, sizes)
 
   def compile(
@@ -205,11 +211,19 @@ class Program:
       field: the config field that made them.
       views: where an example has several, the field that says so, and how many.
     """
+    self.task.check_input(spec, field)
+    self.check_images(spec, field, views)
+
+  def check_images(
+    self, spec: Any, field: str, views: tuple[str, int] | None = None
+  ) -> None:
+    """As `check_input`, of the images alone."""
     want = (*self.config.input.image_size, 3)
     also = ""
     if views:
       want, also = (views[1], *want), f" with {views[0]}={views[1]}"
-    self.task.check_input(spec, field)
+    if "image" not in spec:
+      raise ValueError(f"{field}: a batch has {sorted(spec)}; want 'image'.")
     got = tuple(spec["image"].shape[1:])
     if got != want:
       raise ValueError(
@@ -290,7 +304,11 @@ class Program:
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-      ema = optax.incremental_update(params, ema, 1 - self.config.ema_decay)
+      average = optax.incremental_update(params, ema, 1 - self.config.ema_decay)
+      # Not of what is frozen: its average would differ by rounding.
+      ema = jax.tree.map(
+        lambda p, a, t: a if t else p, params, average, self.trainable
+      )
     scalars["grad_norm"] = optax.global_norm(grads)
     scalars["update_norm"] = optax.global_norm(updates)
     scalars["param_norm"] = optax.global_norm(params)

@@ -26,6 +26,9 @@ _NAMES = {
   "lookup_vit": "LookupViT",
   "factorised": "Factorised encoder",
 }
+# What a run is judged by, and its unit in tables and pictures.
+METRICS = {"top1": "top-1 (%)", "CIDEr": "CIDEr x 100"}
+
 Row = Mapping[str, Any]
 
 
@@ -42,28 +45,58 @@ def read(workdir: str) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-  """Rows of results as a table, in Markdown.
+  """Rows of results as a table, in Markdown; captions have one of their own.
 
   GFLOPs count a multiply-add as two; LookupViT's `compressed` and `lookup`
   are the top-1 of its heads, `top-1` that of their mean. A model that was
-  trained at a single grid says so.
+  trained at a single grid says so. Of captions, GFLOPs and parameters are the
+  image encoder's, `tokens` is how many of its tokens the decoder reads, and
+  scores are times 100, as papers print them.
   """
-  lines = [
-    "| model | grid | split | GFLOPs | parameters (M) | top-1 (%) | "
-    "compressed (%) | lookup (%) |",
-    "|---|---|---|---|---|---|---|---|",
-  ]
+  captions = [r for r in rows if "tokens" in r]
+  others = [r for r in rows if "tokens" not in r]
+  parts = []
+  if others or not rows:
+    names = {
+      "top1": "top-1 (%)",
+      "top1_compressed": "compressed (%)",
+      "top1_lookup": "lookup (%)",
+    }
+    parts.append(_table(others, names, 2))
+  if captions:
+    scores = {
+      "CIDEr": "CIDEr",
+      "Bleu_4": "BLEU-4",
+      "METEOR": "METEOR",
+      "ROUGE_L": "ROUGE-L",
+      "SPICE": "SPICE",
+    }
+    names = {k: v for k, v in scores.items() if any(k in r for r in captions)}
+    parts.append(_table(captions, names, 1))
+  return "\n\n".join(parts)
+
+
+def _table(rows, metrics, digits):
+  """Of rows of a kind; metrics by name are told times 100."""
+  has_tokens = any("tokens" in r for r in rows)
+  head = ["model", "grid", "split", "GFLOPs", "parameters (M)"]
+  head += ["tokens"] * has_tokens + [*metrics.values()]
+  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
   for r in rows:
-    tops = [
-      f"{100 * r[name]:.2f}" if name in r else "-"
-      for name in ("top1", "top1_compressed", "top1_lookup")
+    cells = [_name(r), r["grid"] or "-", r["split"], _gflops(r)]
+    cells.append(f"{r['parameters'] / 1e6:.2f}")
+    cells += [str(r["tokens"])] if has_tokens else []
+    cells += [
+      f"{100 * r[name]:.{digits}f}" if name in r else "-" for name in metrics
     ]
-    lines.append(
-      f"| {_name(r)} | "
-      f"{r['grid'] or '-'} | {r['split']} | {_gflops(r)} | "
-      f"{r['parameters'] / 1e6:.2f} | {' | '.join(tops)} |"
-    )
+    lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
+
+
+def _metric(rows):
+  """What the rows are judged by: the first of `METRICS` that one has."""
+  found = [name for name in METRICS if any(name in r for r in rows)]
+  return (found or [*METRICS])[0]
 
 
 def _name(row):
@@ -83,47 +116,49 @@ def over_seeds(rows: Sequence[Row]) -> str:
   """A table of mean and spread over runs that differ in their seed.
 
   Rows of the same model, grids of training, grid and split are one row: mean
-  of the top-1, its standard deviation (of a sample: over n - 1), lowest and
-  highest.
+  of the top-1 (of captions, the CIDEr), its standard deviation (of a sample:
+  over n - 1), lowest and highest.
   """
   groups: dict[tuple[Any, ...], list[Row]] = {}
   for r in rows:
     trained = tuple(r.get("trained_grids", ()))
     key = (_name(r), trained, r["grid"], r["split"])
     groups.setdefault(key, []).append(r)
+  metric = _metric(rows)
   lines = [
-    "| model | grid | GFLOPs | parameters (M) | runs | top-1 (%), mean | "
-    "std | range |",
+    "| model | grid | GFLOPs | parameters (M) | runs | "
+    f"{METRICS[metric]}, mean | std | range |",
     "|---|---|---|---|---|---|---|---|",
   ]
   for (name, _, grid, _), group in groups.items():
-    top1 = 100 * np.array([r["top1"] for r in group])
-    std = f"{top1.std(ddof=1):.2f}" if len(top1) > 1 else "-"
+    found = 100 * np.array([r[metric] for r in group])
+    std = f"{found.std(ddof=1):.2f}" if len(found) > 1 else "-"
     lines.append(
       f"| {name} | {grid or '-'} | "
       f"{_gflops(group[0])} | {group[0]['parameters'] / 1e6:.2f} | "
-      f"{len(top1)} | {top1.mean():.2f} | {std} | "
-      f"{top1.min():.2f} to {top1.max():.2f} |"
+      f"{len(found)} | {found.mean():.2f} | {std} | "
+      f"{found.min():.2f} to {found.max():.2f} |"
     )
   return "\n".join(lines)
 
 
 def plot(rows: Sequence[Row], path: str) -> None:
-  """Draws top-1 over GFLOPs as a PNG.
+  """Draws top-1, or the CIDEr of captions, over GFLOPs as a PNG.
 
   A line for each model and split; runs that were trained at a single grid each
   are a dashed one.
   """
   figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
   series: dict[str, list[Row]] = {}
+  metric = _metric(rows)
   for r in rows:
-    if "top1" in r:
+    if metric in r:
       series.setdefault(f"{_name(r)}, {r['split']}", []).append(r)
   for label, points in series.items():
     points = sorted(points, key=lambda r: r["gflops"])
     single = len(points[0].get("trained_grids", ())) == 1
     x = [r["gflops"] for r in points]
-    y = [100 * r["top1"] for r in points]
+    y = [100 * r[metric] for r in points]
     style = "s--" if single else "o-"
     axes.plot(x, y, style if len(x) > 1 else "s", label=label)
     for r, a, b in zip(points, x, y, strict=True):
@@ -132,7 +167,7 @@ def plot(rows: Sequence[Row], path: str) -> None:
           r["grid"], (a, b), (0, 6), textcoords="offset points", ha="center"
         )
   axes.set_xlabel("GFLOPs for an image or clip (multiply-add = 2)")
-  axes.set_ylabel("top-1 (%)")
+  axes.set_ylabel(METRICS[metric])
   axes.set_xlim(left=0)
   axes.margins(y=0.2)
   axes.grid(alpha=0.3)

@@ -37,10 +37,12 @@ def cost(model: Any, image_size: Sequence[int], grid: Any = None) -> Cost:
   """Counts a model's parameters and FLOPs, by shapes alone.
 
   Args:
-    model: a ViT, a LookupViT, or a factorised encoder with either.
+    model: a ViT, a LookupViT, or a factorised encoder with either; of a
+      captioner, its image encoder counts.
     image_size: (rows, columns) or (time, rows, columns).
     grid: compressed grid; the model's own where none is given.
   """
+  model = getattr(model, "encoder", model)
   # XLA sees the body of a loop once, and counts a change of dtype as work:
   # count without either.
   model = model.clone(
@@ -139,8 +141,11 @@ def main(argv):
       )
     grids = [config_utils.parse_grid(g) for g in FLAGS.grid]
   size = config.input.image_size
-  variant = config.model.get("variant", "B/16")
-  print(f"{config.model_name} {variant}, input {tuple(size)}")
+  name, fields = config.model_name, config.model
+  if "encoder" in fields:
+    name, fields = "encoder of a captioner", fields.encoder
+  variant = fields.get("variant", "B/16")
+  print(f"{name} {variant}, input {tuple(size)}")
   print(table(model, size, grids))
 
 

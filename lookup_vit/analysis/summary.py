@@ -1,5 +1,6 @@
 """What a run leaves for people: a table of results and pictures."""
 
+import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -35,9 +36,11 @@ def write(
   rows = results(program, metrics)
   folder = config_utils.workdir_path(workdir)
   (folder / "results.json").write_text(json.dumps(rows, indent=2))
-  if any("top1" in row for row in rows):
+  if any(accuracy_vs_flops.METRICS.keys() & row for row in rows):
     print(accuracy_vs_flops.table(rows), flush=True)
     accuracy_vs_flops.plot(rows, folder / "accuracy_vs_flops.png")
+  if hasattr(program.model, "encoder"):
+    return  # Captions have a page of their own.
   # Only one process is here: it computes by itself.
   params = jax.device_get(params)
   if program.grids[0] is not None and images is not None:
@@ -54,9 +57,16 @@ def results(
 ) -> list[dict[str, Any]]:
   """A row for each evaluator and grid: cost, and its metrics by name.
 
-  The cost is that of one view, `views` how many an example has.
+  The cost is that of one view, `views` how many an example has. Of a captioner,
+  it is that of the image encoder, whose are model and variant too; `tokens` is
+  how many of an image's tokens the decoder reads.
   """
   config = program.config
+  fields, more = config.model, {}
+  kind = config.model_name
+  if "encoder" in fields:
+    fields = fields.encoder
+    kind = fields.get("model_name", "lookup_vit")
   trained = [config_utils.format_grid(g) for g in program.grids if g]
   rows = []
   grouped: dict[tuple[str, str | None], dict[str, float]] = {}
@@ -69,20 +79,32 @@ def results(
     if grid not in costs:
       shape = None if grid is None else config_utils.parse_grid(grid)
       costs[grid] = flops.cost(program.model, config.input.image_size, shape)
+      more[grid] = _tokens_read(program, shape)
     rows.append(
       {
-        "model": config.model_name,
-        "variant": _variant(config.model),
+        "model": kind,
+        "variant": _variant(fields),
         "grid": grid,
         "trained_grids": trained,
         "split": evaluator,
         "parameters": costs[grid].params,
         "gflops": costs[grid].xla_flops / 1e9,
         "views": config.evals.get(evaluator, {}).get("views") or 1,
+        **more[grid],
         **values,
       }
     )
   return rows
+
+
+def _tokens_read(program, grid):
+  """`tokens`, of a captioner."""
+  if not hasattr(program.model, "encoder"):
+    return {}
+  batch = program.task.batch_shapes(1)
+  apply = functools.partial(program.apply, grid=grid)
+  _, out = jax.eval_shape(apply, program.state_shapes.params, batch)
+  return {"tokens": out["memory"].shape[1]}
 
 
 def _variant(fields):

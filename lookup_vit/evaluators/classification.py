@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from lookup_vit import config_utils, datasets, input_pipeline, parallel
-from lookup_vit.models import tokens
+from lookup_vit import config_utils, datasets, parallel
+from lookup_vit.evaluators import shared
 from lookup_vit.train_step import Program
 
 
@@ -47,23 +47,13 @@ class Evaluator:
     config = program.config
     self.program = program
     self.name = name
-    self.grids = program.grids
     self.views = views
     field = f"config.evals.{name}.views"
     if isinstance(views, bool) or not isinstance(views, int) or views < 1:
       raise ValueError(f"{field}={views!r}: want an integer >= 1.")
-    if batch_size is None:
-      batch_size = config.input.batch_size
-    parallel.check_batch(
-      f"config.evals.{name}.batch_size", batch_size, program.mesh
-    )
     self.examples = datasets.num_examples(data)
-    self.dataset, _ = input_pipeline.make_eval(
-      data,
-      pp=pp_fn,
-      batch_size=batch_size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+    self.dataset, self.count, _ = shared.make_batches(
+      program, name, data, pp_fn, batch_size
     )
     program.check_input(
       self.dataset.element_spec,
@@ -77,42 +67,31 @@ class Evaluator:
         f"config.evals.{name}.data has {classes} classes, config.num_classes "
         f"is {config.num_classes}."
       )
-    if grids is not None:
-      self.grids = [tuple(g) for g in grids]
-      self._check_grids(f"config.evals.{name}.grids")
-
-  def _check_grids(self, field):
-    if not self.grids:
-      raise ValueError(f"{field} is empty.")
-    model = self.program.model
-    if not hasattr(model, "grid"):
-      raise ValueError(f"{field}: the model has no compressed grid.")
-    image_size = self.program.config.input.image_size
-    lookup_grid = model.lookup_grid(image_size)
-    for grid in self.grids:
-      try:
-        tokens.check_grid(grid, lookup_grid)
-      except ValueError as e:
-        raise ValueError(f"{field}: {e}") from None
+    self.grids = shared.check_grids(program, name, grids)
 
   def batches(self) -> Iterator[dict[str, Any]]:
     """This process's batches of NumPy arrays, padding marked in `_mask`."""
     return iter(self.dataset)
 
   def run(
-    self, params: Any, check: Callable[[], None] = lambda: None
+    self,
+    params: Any,
+    check: Callable[[], None] = lambda: None,
+    workdir: str | None = None,
   ) -> Iterator[tuple[str, float]]:
     """Evaluates parameters.
 
     Args:
       params: of the model.
       check: called for each batch; what it raises ends the evaluation.
+      workdir: nothing is written there.
 
     Yields:
       Names and values.
     """
+    del workdir
     totals = {grid: {} for grid in self.grids}
-    for batch in self.batches():
+    for batch in shared.progress(self.batches(), self.count, self.name):
       check()
       batch = parallel.put_batch(batch, self.program.mesh)
       for grid, total in totals.items():

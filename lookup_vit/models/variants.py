@@ -73,13 +73,25 @@ def decode_variant(variant: str) -> dict[str, Any]:
     raise ValueError(f"Variant {variant!r} has a patch of size zero.")
   if len(patch) < 3:
     patch = (*patch, patch[-1])
-  width, depth, mlp_dim, num_heads = _VARIANTS[match[1]]
+  return dict(**decode_size(match[1]), patch_size=patch)
+
+
+def decode_size(size: str) -> dict[str, Any]:
+  """Turns `"B"` into `width`, `depth`, `num_heads` and `mlp_ratio`.
+
+  Raises:
+    ValueError: the size is not known.
+  """
+  if size not in _VARIANTS:
+    raise ValueError(
+      f"Unknown size {size!r}: want one of {', '.join(_VARIANTS)}."
+    )
+  width, depth, mlp_dim, num_heads = _VARIANTS[size]
   return dict(
     width=width,
     depth=depth,
     num_heads=num_heads,
     mlp_ratio=mlp_dim / width,
-    patch_size=patch,
   )
 
 
@@ -95,10 +107,22 @@ def build(
     ValueError: a field the model does not have or of another type, or the
       variant is unknown.
   """
+  fields = {**decode_variant(variant), **fields}
+  return build_of(cls, fields, num_classes=num_classes)
+
+
+def build_of(
+  cls: type[nn.Module], fields: Mapping[str, Any], **fixed: Any
+) -> nn.Module:
+  """Makes a model of fields that are checked, and others that are not.
+
+  Raises:
+    ValueError: a field the model does not have or of another type.
+  """
   known = {
     f.name: f.type
     for f in dataclasses.fields(cls)
-    if f.name not in ("parent", "name", "num_classes")
+    if f.name not in ("parent", "name", *fixed)
   }
   for name in fields:
     if name not in known:
@@ -115,4 +139,4 @@ def build(
     fits, want = _WANTED[known[name]]
     if not fits(value):
       raise ValueError(f"{cls.__name__}.{name}={value!r}: want {want}.")
-  return cls(num_classes=num_classes, **{**decode_variant(variant), **fields})
+  return cls(**fixed, **fields)

@@ -1,11 +1,15 @@
 """Preprocessing by a string of ops, for example `"decode|flip_lr"`."""
 
+from lookup_vit import quiet_tensorflow  # noqa: F401
+
+# isort: split
 # An op exists once its module is imported.
 from lookup_vit.preprocess import (
   augment_ops,
   general_ops,
   image_ops,
   randaugment,
+  text_ops,
   video_ops,
 )
 from lookup_vit.preprocess.registry import get_preprocess_fn, register
@@ -17,5 +21,6 @@ __all__ = [
   "image_ops",
   "randaugment",
   "register",
+  "text_ops",
   "video_ops",
 ]

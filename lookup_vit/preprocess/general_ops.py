@@ -38,6 +38,49 @@ def copy(key: str, key_result: str) -> PreprocessFn:
   return fn
 
 
+@register("flatten")
+def flatten() -> PreprocessFn:
+  """Makes `data["a"]["b"]` `data["a/b"]`, at any depth."""
+
+  def flat(data, prefix):
+    for key, value in data.items():
+      if isinstance(value, dict):
+        yield from flat(value, f"{prefix}{key}/")
+      else:
+        yield prefix + key, value
+
+  def fn(data: Data, seed: tf.Tensor) -> Data:
+    del seed
+    return dict(flat(data, ""))
+
+  return fn
+
+
+@register("choice")
+def choice(key: str, key_result: str | None = None) -> PreprocessFn:
+  """Takes one of several at random, such as a caption of an image.
+
+  Args:
+    key: key of what is chosen from, of shape [n, ...]; an error where n is 0.
+    key_result: key of the result, `key` if None.
+
+  Returns:
+    An op that stores a tensor of shape [...].
+  """
+
+  def fn(data: Data, seed: tf.Tensor) -> Data:
+    several = data[key]
+    count = tf.shape(several)[0]
+    check = tf.debugging.assert_positive(
+      count, message=f"choice: {key!r} is empty, there is none to choose"
+    )
+    with tf.control_dependencies([check] if check is not None else []):
+      place = tf.random.stateless_uniform([], seed, 0, count, tf.int32)
+    return {**data, key_result or key: several[place]}
+
+  return fn
+
+
 @register("onehot")
 def onehot(
   depth: int,

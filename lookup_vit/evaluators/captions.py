@@ -1,0 +1,212 @@
+"""Captions of a whole split, scored as COCO's are, at every compressed grid."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lookup_vit import (
+  config_utils,
+  input_pipeline,
+  parallel,
+  tokenizer,
+)
+from lookup_vit.analysis import caption_scores, caption_sheet
+from lookup_vit.evaluators import shared
+from lookup_vit.models import decoding
+from lookup_vit.train_step import Program
+
+log = logging.getLogger("lookup_vit")
+
+
+class Evaluator:
+  """Writes a caption for each image of a split, and scores them.
+
+  Yields `NAME/METRIC`, for a LookupViT encoder `NAME/GRID/METRIC`: the metrics
+  of `analysis/caption_scores.py`, as pycocoevalcap gives them (1, not 100), and
+  `unfinished`, the share of captions that are cut at the most ids. In a work
+  directory it leaves `captions_NAME_GRID.json`, the results as COCO's server
+  takes them, and a page with images, captions and references, `.html`.
+
+  Args:
+    program: a captioner's; `config.tokenizer` is its tokenizer.
+    name: prefix of the metrics.
+    data: the data set, as `config.input.data`.
+    pp_fn: op-string of the preprocessing, which makes the images.
+    batch_size: global; that of training where none is given.
+    grids: compressed grids; those of training where none are given.
+    beams: of the search; 1 is greedy decoding.
+    alpha: of the penalty for short captions, see `decoding.beam_search`.
+    max_length: most ids of a caption; the model's where none is given.
+    metrics: names of metrics; all but SPICE where none are given.
+    references: feature with the references of an image, flattened as by the op
+      `flatten`; of TFDS's coco_captions by default.
+    image_id: feature with an image's number, likewise.
+    images: how many are shown on the page.
+
+  Raises:
+    ValueError: a field or data that cannot work, a metric that cannot be
+      computed here, or an image without references.
+  """
+
+  views = 1
+
+  def __init__(
+    self,
+    program: Program,
+    name: str,
+    *,
+    data: Mapping[str, Any],
+    pp_fn: str,
+    batch_size: int | None = None,
+    grids: list[Any] | None = None,
+    beams: int = 4,
+    alpha: float = 0.6,
+    max_length: int | None = None,
+    metrics: Sequence[str] | None = None,
+    references: str = "captions/text",
+    image_id: str = "image/id",
+    images: int = 24,
+  ):
+    config = program.config
+    where = f"config.evals.{name}"
+    if not hasattr(program.model, "start"):
+      raise ValueError(
+        f"{where}: model {config.model_name!r} writes no captions."
+      )
+    if config.tokenizer is None:
+      raise ValueError(f"{where} wants config.tokenizer.")
+    self.program = program
+    self.name = name
+    self.words = tokenizer.load(config.tokenizer)
+    self.grids = shared.check_grids(program, name, grids)
+    self.beams = _positive(f"{where}.beams", beams)
+    self.alpha = alpha
+    longest = program.model.max_length
+    self.length = _positive(f"{where}.max_length", max_length or longest)
+    if self.length > longest:
+      raise ValueError(
+        f"{where}.max_length={max_length}: the decoder has {longest}."
+      )
+    self.metrics = tuple(metrics or caption_scores.DEFAULT)
+    with config_utils.at_fault(f"{where}.metrics"):
+      caption_scores.check(self.metrics)
+    self.shown = images
+    self.dataset, self.count, self.batch_size = shared.make_batches(
+      program, name, data, pp_fn, batch_size
+    )
+    program.check_images(self.dataset.element_spec, f"{where}.pp_fn")
+    self.references = _references(data, references, image_id)
+    self._write = program.compile(
+      self._captions, parallel.replicated(program.mesh), static_argnums=2
+    )
+
+  def batches(self) -> Iterator[dict[str, Any]]:
+    """This process's batches of NumPy arrays, padding marked in `_mask`."""
+    return iter(self.dataset)
+
+  def _captions(self, params, images, grid):
+    fields = {} if grid is None else {"grid": grid}
+    return decoding.caption(
+      self.program.model,
+      params,
+      images,
+      begin=self.words.begin,
+      end=self.words.end,
+      length=self.length,
+      beams=self.beams,
+      alpha=self.alpha,
+      **fields,
+    )
+
+  def run(
+    self,
+    params: Any,
+    check: Callable[[], None] = lambda: None,
+    workdir: str | None = None,
+  ) -> Iterator[tuple[str, float]]:
+    """Evaluates parameters.
+
+    Args:
+      params: of the model.
+      check: called for each batch; what it raises ends the evaluation.
+      workdir: where captions are written; nowhere if None.
+
+    Yields:
+      Names and values, on the first process alone.
+    """
+    ids = list(self.references)
+    found = {grid: {} for grid in self.grids}
+    pictures = []
+    batches = shared.progress(self.batches(), self.count, self.name)
+    for number, batch in enumerate(batches):
+      check()
+      missing = self.shown - len(pictures)
+      if missing > 0:
+        pictures.extend(np.array(batch["image"][:missing]))
+      images = parallel.put_batch(batch["image"], self.program.mesh)
+      places = input_pipeline.eval_places(
+        len(ids), self.batch_size, number, jax.process_count()
+      )
+      for grid, captions in found.items():
+        rows = np.asarray(self._write(params, images, grid))
+        for place, row in zip(places.tolist(), rows, strict=True):
+          if place >= 0:
+            captions[ids[place]] = row
+    if jax.process_index() != 0:
+      return
+    for grid, rows in found.items():
+      parts = [] if grid is None else [config_utils.format_grid(grid)]
+      where = "/".join([self.name, *parts])
+      captions = {i: self.words.decode(row) for i, row in rows.items()}
+      log.info("%s: scoring %d captions.", where, len(captions))
+      scores = caption_scores.score(self.references, captions, self.metrics)
+      if workdir is not None:
+        file = "_".join(["captions", self.name, *parts])
+        self._leave(workdir, file, captions, scores, pictures)
+      unfinished = [self.words.end not in row for row in rows.values()]
+      means = {**scores.means, "unfinished": float(np.mean(unfinished))}
+      for metric, value in means.items():
+        yield f"{where}/{metric}", value
+
+  def _leave(self, workdir, file, captions, scores, pictures):
+    """Writes the captions of a grid into the work directory."""
+    folder = config_utils.workdir_path(workdir)
+    caption_scores.write_results(folder / f"{file}.json", captions)
+    rows = [
+      caption_sheet.Row(
+        image, i, captions[i], self.references[i], scores.each[i]
+      )
+      for image, i in zip(pictures, self.references, strict=False)
+    ]
+    caption_sheet.write(folder / f"{file}.html", rows)
+
+
+def _positive(field, value):
+  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    raise ValueError(f"{field}={value!r}: want an integer >= 1.")
+  return value
+
+
+def _references(data, key, image_id) -> dict[int, list[str]]:
+  """Of each image, in the order of the split.
+
+  Raises:
+    ValueError: an image has none, or a number comes twice.
+  """
+  found = {}
+  pp = f"flatten|keep({key!r}, {image_id!r})"
+  for example in input_pipeline.examples(data, pp=pp):
+    for name in (key, image_id):
+      if name not in example:
+        raise ValueError(f"The data have no feature {name!r}.")
+    i = int(example[image_id])
+    if i in found:
+      raise ValueError(f"{image_id} {i} comes twice.")
+    texts = [text.decode(errors="replace") for text in example[key].tolist()]
+    if not any(text.strip() for text in texts):
+      raise ValueError(f"The image with {image_id} {i} has no references.")
+    found[i] = texts
+  return found
