@@ -255,6 +255,13 @@ class Captioner(nn.Module):
     """The tokens that the decoder reads, of what the encoder returns."""
     return out["tokens"]
 
+  @nn.nowrap
+  def _check_length(self, length):
+    if length > self.max_length:
+      raise ValueError(
+        f"{length} ids for a decoder of max_length={self.max_length}."
+      )
+
   @nn.compact
   def __call__(
     self,
@@ -266,10 +273,7 @@ class Captioner(nn.Module):
     **fields: Any,
   ) -> tuple[Float[Array, "b t classes"], dict[str, Any]]:
     layers.check_width(self.width, self.num_heads)
-    if inputs.shape[1] > self.max_length:
-      raise ValueError(
-        f"{inputs.shape[1]} ids for a decoder of max_length={self.max_length}."
-      )
+    self._check_length(inputs.shape[1])
     of_encoder = {"tokens"} | {"attention_logit_max"} & set(capture)
     _, out = self.encoder(
       images,
@@ -306,7 +310,12 @@ class Captioner(nn.Module):
       beams: captions of each image.
       length: of the longest caption; `max_length` where none is given.
       **fields: `grid`, of a LookupViT.
+
+    Raises:
+      ValueError: `length` is more than `max_length`.
     """
+    length = length or self.max_length
+    self._check_length(length)
     _, out = self.encoder.apply(
       {"params": params["encoder"]}, images, capture=("tokens",), **fields
     )
@@ -316,7 +325,7 @@ class Captioner(nn.Module):
     _, cache, _ = self._decoder().apply(decoder, begin, memory)
 
     def empty(x):
-      shape = (len(x), beams, length or self.max_length, *x.shape[2:])
+      shape = (len(x), beams, length, *x.shape[2:])
       return jnp.zeros(shape, x.dtype)
 
     return {

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lookup_vit.models import factorised, lookup_vit, vit
+from lookup_vit.models import captioner, factorised, lookup_vit, vit
 from tests.models import reference
 
 # All that a model can capture.
@@ -40,6 +40,16 @@ def make(kind, variant="Ti/4", **fields):
   if kind == "vit":
     return vit.Model(7, variant, **fields)
   return lookup_vit.Model(7, variant, **dict(grid=(2, 3)) | fields)
+
+
+def make_captioner(kind, num_classes=11, encoder=None, **fields):
+  """A small captioner; the encoder's fields are as of `make`."""
+  encoder = dict(width=24, depth=2, num_heads=3) | (encoder or {})
+  if kind == "lookup_vit":
+    encoder = dict(grid=(2, 3)) | encoder
+  encoder = dict(model_name=kind, variant="Ti/4") | encoder
+  fields = dict(width=16, depth=2, num_heads=2, max_length=7) | fields
+  return captioner.Model(num_classes, None, encoder, **fields)
 
 
 def flat(tree):
@@ -73,7 +83,10 @@ def random_like(shapes, seed=0):
 
 def random_params(model, images, seed=0):
   """Random parameters for a model with a loop over its blocks."""
-  shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+  inputs = [images]
+  if hasattr(model, "encoder"):
+    inputs.append(np.zeros((len(images), 1), np.int32))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
   return random_like(shapes["params"], seed)
 
 

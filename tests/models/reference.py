@@ -1,4 +1,4 @@
-"""ViT and LookupViT in float64 NumPy, as the paper's equations stand.
+"""ViT, LookupViT and captioner as equations stand, in float64 NumPy.
 
 Independent of the package but for the names in the parameter tree: loops over
 heads, patches and output positions instead of reshapes and library calls. HIPS
@@ -349,3 +349,55 @@ def factorised_loss(spec, params, videos, labels):
   heads = [v for k, v in out.items() if k.startswith("logits_")]
   losses = [cross_entropy(x, labels) for x in heads or [out["logits"]]]
   return sum(losses) / len(losses)
+
+
+def decoder_block(spec, p, x, memory):
+  """One block of a decoder; returns the tokens and what attention was."""
+  y = layer_norm(spec, p["norm_self_attention"], x)
+  update, largest = [], []
+  # A token attends to those before it and to itself.
+  for i in range(y.shape[1]):
+    one, own = attention(
+      spec, p["self_attention"], y[:, i : i + 1], y[:, : i + 1]
+    )
+    update.append(one)
+    largest.append(np.max(own["logits"]))
+  x = x + np.concatenate(update, axis=1)
+  y = layer_norm(spec, p["norm_cross_attention"], x)
+  y, read = attention(spec, p["cross_attention"], y, memory)
+  x = x + y
+  x = x + mlp(spec, p["mlp"], layer_norm(spec, p["norm_mlp"], x))
+  largest = np.max(np.stack([*largest, np.max(read["logits"])]))
+  return x, dict(attention=read["attention"], attention_logit_max=largest)
+
+
+def decoder(spec, params, inputs, memory):
+  """Logits of the ids that come next, and what attention was."""
+  table = params["embedding"]["embedding"]
+  x = np.stack([np.stack([table[i] for i in ids]) for ids in inputs])
+  x = x + params["pos_embedding"][: x.shape[1]]
+  blocks = []
+  for i in range(sum(name.startswith("decoderblock_") for name in params)):
+    x, captured = decoder_block(spec, params[f"decoderblock_{i}"], x, memory)
+    blocks.append(captured)
+  out = {k: np.stack([b[k] for b in blocks]) for k in blocks[0]}
+  x = layer_norm(spec, params["norm"], x)
+  if "head" in params:
+    out["logits"] = linear(params["head"], x)
+  else:
+    out["logits"] = np.dot(x, transpose(table))
+  return out
+
+
+def captioner(spec, encoder, params, images, inputs):
+  """All that a captioner can return; `encoder` is its encoder's `Spec`."""
+  if "norm_compressed" in params["encoder"]:
+    encoded = lookup_vit(encoder, params["encoder"], images)
+    memory = encoded["compressed_tokens"]
+  else:
+    encoded = vit(encoder, params["encoder"], images)
+    memory = encoded["tokens"]
+  out = decoder(spec, params["decoder"], inputs, memory)
+  largest = encoded["attention_logit_max"], out["attention_logit_max"]
+  out["attention_logit_max"] = np.concatenate(largest)
+  return dict(out, memory=memory)
