@@ -231,7 +231,11 @@ def run_local_video(
 
 
 def run_local_captions(config: ml_collections.ConfigDict) -> None:
-  """As `run_local`, on captions of digits, whose tokenizer is `TOKENIZER`."""
+  """As `run_local`, at one grid, on captions of digits.
+
+  Their tokenizer is `TOKENIZER`, which is for the config itself to take.
+  """
   run_local_video(config, "data.digit_captions", None)
+  config.grids = config.grids and config.grids[:1]
   for evaluator in config.evals.values():
     evaluator.metrics = ["CIDEr"]  # METEOR takes seconds to start.
