@@ -45,16 +45,16 @@ def get_config(arg=None):
   config.task = arg.task
   config.input = dict(
     data=dict(module=_MODULE, split="train"),
-    image_size=(48, 48),
+    image_size=(32, 32),
     batch_size=64,
     shuffle_buffer_size=12_000,
   )
-  encoder = dict(variant="Ti/6", width=64, depth=4, num_heads=2, grid=(3, 3))
+  encoder = dict(variant="Ti/4", width=64, depth=4, num_heads=2, grid=(3, 3))
   config.grids = [(2, 2), (3, 3), (4, 4)]
 
   config.optax_name = "adamw"
   config.grad_clip_norm = 1.0
-  config.lr = 1e-3
+  config.lr = 3e-3
   config.wd = 1e-4
   config.schedule = dict(warmup_percent=0.1, decay_type="cosine")
   config.log_training_steps = 100

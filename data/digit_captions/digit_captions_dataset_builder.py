@@ -35,7 +35,7 @@ from data.digit_captions import grammar
 
 _DESCRIPTION = """\
 One, two or three handwritten digits of scikit-learn (see the data set
-`digits`), small or large, each in another quarter of a canvas of 48x48 pixels.
+`digits`), small or large, each in another quarter of a canvas of 32x32 pixels.
 `captions` are five different sentences that name all digits and say where they
 are, by places or by relations. `parts` says which digit of which size is in
 which quarter, as classes; `digits` says it in numbers, in reading order. The
@@ -43,9 +43,12 @@ digits of `test` are none of those of `train`.
 """
 
 SPLITS = {"train": 12_000, "test": 1_000}
-CELL = 24
+CELL = 16
 # Pixels of a digit, by the index in grammar.SIZES.
-PIXELS = (10, 20)
+PIXELS = (8, 16)
+# Of the places of small digits, in pixels: on the grid of patches of this size
+# a few thousand glyphs are enough to learn from.
+_LATTICE = 4
 PARTS = tuple(
   f"{size} {name} {row} {column}"
   for row in grammar.ROWS
@@ -107,7 +110,8 @@ def example(split: str, index: int) -> dict[str, Any]:
     row, column = divmod(cell, 2)
     i = int(rng.choice(ids[split]))
     size = int(rng.randint(2))
-    offset = rng.randint(CELL - PIXELS[size] + 1, size=2)
+    places = (CELL - PIXELS[size]) // _LATTICE + 1
+    offset = _LATTICE * rng.randint(places, size=2)
     digits.append(grammar.Digit(int(source.target[i]), size, row, column))
     glyphs.append(_upsample(i, PIXELS[size]))
     corners.append((CELL * row + offset[0], CELL * column + offset[1]))
