@@ -20,6 +20,9 @@ _AUGREG = {
   "strong2": ("randaug(2,20)", 0.8),
 }
 
+# Of data/digit_captions.
+TOKENIZER = "data/digit_captions/tokenizer.model"
+
 
 def augreg(name: str) -> tuple[str, dict[str, float]]:
   """The op-string and the `config.mixup` of an AugReg preset.
@@ -73,11 +76,13 @@ def fit_large(config: ml_collections.ConfigDict) -> None:
 
   L and larger keep less for the backward pass, where the config does not say
   what to keep; the state of H and g is split over eight chips, so that their
-  number must be a multiple of eight.
+  number must be a multiple of eight. Of a captioner, it is the encoder's size
+  that counts.
   """
-  size = config.model.get("variant", "B/16").split("/")[0]
-  if size in ("L", "H", "g") and "remat_policy" not in config.model:
-    config.model.remat_policy = "dots_with_no_batch_dims_saveable"
+  model = config.model.get("encoder", config.model)
+  size = model.get("variant", "B/16").split("/")[0]
+  if size in ("L", "H", "g") and "remat_policy" not in model:
+    model.remat_policy = "dots_with_no_batch_dims_saveable"
   if size in ("H", "g"):
     config.mesh = [("data", -1), ("fsdp", 8)]
     config.sharding = "fsdp"
@@ -152,6 +157,32 @@ def video_evals(
   )
 
 
+def caption_ops(ops: str, tokenizer: str, max_length: int) -> str:
+  """Of TFDS's coco_captions and what is like it, a batch to train on.
+
+  An image has one of its captions, another in each epoch, in lower case.
+
+  Args:
+    ops: of the image.
+    tokenizer: path of a SentencePiece model.
+    max_length: ids of a caption.
+  """
+  return (
+    f"{ops}|flatten|choice('captions/text','caption')|lower('caption')"
+    f"|tokenize({tokenizer!r},{max_length})|keep('image','text','text_cut')"
+  )
+
+
+def read_all_tokens(config: ml_collections.ConfigDict) -> None:
+  """Makes a ViT of a LookupViT; it may be the encoder of a captioner."""
+  if config.model_name == "captioner":
+    config.model.encoder.model_name = "vit"
+  else:
+    config.model_name = "vit"
+  config.grids = None
+  del config.model.get("encoder", config.model)["grid"]
+
+
 def short_side(res: int) -> int:
   """The short side that crops of `res` are taken from, 256 for 224."""
   return -(-res * 8 // 7)
@@ -169,8 +200,9 @@ def run_local(config: ml_collections.ConfigDict) -> None:
 
   Model and image size are for the config itself to make small.
   """
-  if "dtype" in config.model:
-    config.model.dtype = "float32"  # CPUs compile it in less time.
+  for model in (config.model, config.model.get("encoder", {})):
+    if "dtype" in model:
+      model.dtype = "float32"  # CPUs compile it in less time.
   config.num_classes = 10
   config.input.data = dict(module="data.digits", split="train[:64]")
   config.input.batch_size = 8
@@ -188,7 +220,7 @@ def run_local(config: ml_collections.ConfigDict) -> None:
 def run_local_video(
   config: ml_collections.ConfigDict,
   module: str = "data.moving_digits",
-  num_classes: int = 8,
+  num_classes: int | None = 8,
 ) -> None:
   """As `run_local`, on digits that move: 16 frames each, 8 motions."""
   run_local(config)
@@ -196,3 +228,14 @@ def run_local_video(
   config.input.data = dict(module=module, split="train[:64]")
   for evaluator in config.evals.values():
     evaluator.data = dict(module=module, split="test[:20]")
+
+
+def run_local_captions(config: ml_collections.ConfigDict) -> None:
+  """As `run_local`, at one grid, on captions of digits.
+
+  Their tokenizer is `TOKENIZER`, which is for the config itself to take.
+  """
+  run_local_video(config, "data.digit_captions", None)
+  config.grids = config.grids and config.grids[:1]
+  for evaluator in config.evals.values():
+    evaluator.metrics = ["CIDEr"]  # METEOR takes seconds to start.

@@ -11,6 +11,8 @@ where; then the decoder:
     python -m lookup_vit.train --workdir=workdirs/digit_captions_lookup \
         --config=configs/digit_captions_lookup.py:tokenizer=workdirs/\
     digits.model,encoder=workdirs/digit_captions_encoder
+    python -m lookup_vit.dryrun --topology=cpu:8 \
+        --config=configs/digit_captions_lookup.py
 
 Arguments: `task`, `encoder` (the work directory of an encoder; without, one
 that is not trained), `tokenizer`, `frozen=false` to train the encoder too,
@@ -32,7 +34,7 @@ def get_config(arg=None):
     arg,
     task="captioning",
     encoder="",
-    tokenizer="data/digit_captions/tokenizer.model",
+    tokenizer=common.TOKENIZER,
     frozen=True,
     seed=0,
     epochs=0.0,
@@ -69,7 +71,12 @@ def get_config(arg=None):
   if arg.epochs:
     config.total_epochs = arg.epochs
   if arg.runlocal:
-    _run_local(config)
+    if arg.task == "captioning":
+      config.model.encoder.depth = 1
+      common.run_local_captions(config)
+    else:
+      config.model.depth = 1
+      common.run_local_video(config, _MODULE, _PARTS)
   return config
 
 
@@ -108,10 +115,7 @@ def _caption(config, encoder, arg):
   config.model_init = arg.encoder or None
   config.total_epochs = 10.0
   pp = "decode|value_range(-1,1)"
-  config.input.pp = (
-    f"{pp}|flatten|choice('captions/text','caption')|lower('caption')"
-    f"|tokenize({arg.tokenizer!r},{_LENGTH})|keep('image','text','text_cut')"
-  )
+  config.input.pp = common.caption_ops(pp, arg.tokenizer, _LENGTH)
   config.evals = dict(
     test=dict(
       type="captions",
@@ -119,10 +123,3 @@ def _caption(config, encoder, arg):
       pp_fn=f"{pp}|keep('image')",
     )
   )
-
-
-def _run_local(config):
-  model = config.model.get("encoder", config.model)
-  model.depth = 1
-  classes = config.get("num_classes")
-  common.run_local_video(config, _MODULE, classes)

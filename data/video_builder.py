@@ -109,11 +109,13 @@ def _read_clip(
   return clip.video_id, {"video": frames, **clip.features}
 
 
-def _in_threads(
+def in_threads(
   function: Callable[[Any], Any], items: Iterable[Any]
 ) -> Iterator[Any]:
-  """Yields `function(item)` in order, some items ahead, never all of them."""
-  # Threads, because the work is in processes of ffmpeg.
+  """Yields `function(item)` in order, some items ahead, never all of them.
+
+  For work that threads can share: in processes of ffmpeg, or in TensorFlow.
+  """
   workers = os.cpu_count() or 1
   with futures.ThreadPoolExecutor(workers) as pool:
     pending = collections.deque()
@@ -227,7 +229,7 @@ def _local_examples(clips, read, write):
   losses = []
   start = last = time.monotonic()
   try:
-    for done, result in enumerate(_in_threads(read, clips), 1):
+    for done, result in enumerate(in_threads(read, clips), 1):
       if isinstance(result, Loss):
         losses.append(result)
       else:

@@ -109,17 +109,23 @@ def _image_error(path: str) -> str | None:
   if head == b"\x89PNG\r\n\x1a\n" and tail[4:8] == b"IEND":
     return None
   # Bytes after the end of an image are common, and decoders ignore them.
-  return _decode_error(path)
+  return read_image(path)[1]
 
 
-def _decode_error(path: str) -> str | None:
-  """Says what is wrong with an image by decoding it as training would."""
+def read_image(path: str) -> tuple[bytes, str | None]:
+  """Reads an image, and decodes it as training would.
+
+  Returns:
+    The content of the file, and what is wrong with it, if anything is.
+  """
+  content = tf.constant(b"")
   try:
+    content = tf.io.read_file(path)
     seed = tf.zeros(2, tf.int32)
-    get_preprocess_fn("decode")({"image": tf.io.read_file(path)}, seed)
+    get_preprocess_fn("decode")({"image": content}, seed)
   except _BROKEN as e:
-    return reason(e)
-  return None
+    return content.numpy(), reason(e)
+  return content.numpy(), None
 
 
 def find_damaged(files: Sequence[tuple[str, int]]) -> dict[str, str]:

@@ -138,11 +138,12 @@ def header(program: train_step.Program, topology: str, chip: Any) -> str:
   mesh, config = program.mesh, program.config
   sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
   hosts = len({d.process_index for d in mesh.devices.flat})
+  model = config.model.get("encoder", config.model)
   text = (
-    f"{config.model_name} {config.model.get('variant', 'B/16')}, input "
+    f"{config.model_name} {model.get('variant', 'B/16')}, input "
     f"{tuple(config.input.image_size)}, on {topology}: {mesh.size} chips of "
     f"{hosts} host(s)\nmesh {sizes}; {config.sharding}; remat "
-    f"{config.model.get('remat_policy', 'none')}; {config.grad_accum_steps} "
+    f"{model.get('remat_policy', 'none')}; {config.grad_accum_steps} "
     "micro-batch(es) a step\n"
   )
   if chip.flops is None:

@@ -197,6 +197,19 @@ def test_cost_is_that_of_the_whole(eight):
     assert eight["accumulated"][name] == pytest.approx(want, 0.06)
 
 
+def test_cost_of_a_captioner_is_that_of_the_whole():
+  c = config_utils.load("configs/coco_caption_lookup_b.py:runlocal")
+  c.model.encoder.depth, c.model.encoder.scan = 4, True
+  c = steps.prepare(c, None)
+  args = jax.devices(), "evaluation", (3, 3)
+  got = steps.count(c, *args)
+  c.model.encoder.scan = False
+  program = steps.make_program(c, jax.devices())
+  whole = steps.lower(program, *args[1:]).compile().cost_analysis()
+  for name, value in got.items():
+    assert value == pytest.approx(whole[name], 0.01)
+
+
 def test_collectives_of_a_step(eight):
   one, many = eight["replicated"], eight["fsdp"]
   # Gradients and a few scalars, once over, whether scanned or not.

@@ -7,17 +7,15 @@ split=SPLIT)`: it is built on first use, and again when the folder has changed.
 """
 
 import csv
-import hashlib
 import logging
 import os
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 from etils import epath
 
-from data import video_builder, video_frames
+from data import folders, video_builder, video_frames
 
 _LOG = logging.getLogger("lookup_vit")
 
@@ -76,12 +74,7 @@ def list_folder(folder: str) -> list[Video]:
       f"{len(misplaced)} of the {len(videos)} videos in {folder} are not in a "
       f"folder SPLIT/CLASS; {_WANTED}; found {', '.join(misplaced[:3])}{more}"
     )
-  for split in {video.parts[0] for video in videos}:
-    if not re.fullmatch(r"\w+", split, re.ASCII) or split == "all":
-      raise ValueError(
-        f"{folder}/{split} cannot be a split; wanted a name of letters, digits "
-        "and underscores, and not 'all'"
-      )
+  folders.check_splits(folder, {video.parts[0] for video in videos})
   return videos
 
 
@@ -91,21 +84,10 @@ def _walk(folder: epath.Path, parts: tuple[str, ...]) -> Iterator[Video]:
     if path.name.startswith("."):
       continue
     if path.suffix.lower() in video_frames.EXTENSIONS:
-      yield Video(inner, path, *_stat(path))
+      yield Video(inner, path, *folders.stat(path))
     # One level more than the layout has, to find what is too deep.
     elif len(inner) < 4 and path.is_dir():
       yield from _walk(path, inner)
-
-
-def _stat(path):
-  if "://" in os.fspath(path):
-    stat = path.stat()
-    return stat.length, stat.mtime
-  try:
-    stat = os.stat(path)  # It knows more than the second.
-  except FileNotFoundError:  # A link to nothing is a video that is unreadable.
-    return 0, 0
-  return stat.st_size, stat.st_mtime_ns
 
 
 def _warn_of_others(root: str, videos: list[Video]) -> None:
@@ -150,14 +132,10 @@ class Builder(video_builder.VideoBuilder, skip_registration=True):
     if kwargs.get("config"):
       raise ValueError(f"no config {kwargs['config']!r}; there are none")
     self._videos = list_folder(folder)
-    root = os.path.abspath(os.path.expanduser(folder))
-    root = self._root = folder if "://" in folder else root
-    listing = [root, *((*v.parts, v.size, v.changed) for v in self._videos)]
-    fingerprint = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
-    stem = re.sub("[^0-9A-Za-z]+", "_", os.path.basename(root.rstrip("/")))
-    config = video_builder.VideoConfig(
-      name=f"{stem.lower()}_{fingerprint}", fps=25.0
-    )
+    self._root = folders.whole_path(folder)
+    listing = [(*v.parts, v.size, v.changed) for v in self._videos]
+    name = folders.config_name(self._root, listing)
+    config = video_builder.VideoConfig(name=name, fps=25.0)
     super().__init__(**{**kwargs, "config": config})
 
   def _info(self) -> tfds.core.DatasetInfo:

@@ -53,10 +53,14 @@ def ladders(config: Any, axes: Mapping[str, int], kind: str) -> Iterator[list]:
     yield fsdp
     return
   policies = ["dots_with_no_batch_dims_saveable", "nothing_saveable"]
-  policy = config.model.get("remat_policy", "none")
+  model, field = config.model, "model.remat_policy"
+  if "encoder" in model:  # Nothing is kept of one that is frozen, the default.
+    policies = [] if model.get("frozen", True) else policies
+    model, field = model.encoder, "model.encoder.remat_policy"
+  policy = model.get("remat_policy", "none")
   if policy in policies:
     policies = policies[policies.index(policy) + 1 :]
-  remat = [{"model.remat_policy": p} for p in policies]
+  remat = [{field: p} for p in policies]
   parts = [n * config.grad_accum_steps for n in (2, 4, 8)]
   accum = [
     {"grad_accum_steps": n} for n in parts if config.input.batch_size % n == 0

@@ -365,15 +365,20 @@ def count(
     config.input.batch_size //= accum
     config.grad_accum_steps = 1
     config.mixup.p = config.cutmix.p = 0.0
-  depth = train_step.build_model(config).depth
+  model = train_step.build_model(config)
+  if "encoder" in config.model:
+    # Its blocks are in a loop; those of the decoder, half as many, are not.
+    config.model.depth = model.depth
+  depth = getattr(model, "encoder", model).depth
 
   def of_depth(n):
     small = copy.deepcopy(config)
-    small.model.scan, small.model.depth = False, n
+    blocks = small.model.get("encoder", small.model)
+    blocks.scan, blocks.depth = False, n
     program = make_program(small, devices)
     # The views are a loop as well.
     lowered = lower(program, kind, grid, one_view=True)
-    small.model.attention = "direct"
+    small.model.attention = blocks.attention = "direct"
     direct = make_program(small, devices)
     found = _xla_count(
       _compile(lower(direct, kind, grid, one_view=True), direct)

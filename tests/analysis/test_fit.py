@@ -6,7 +6,7 @@ import math
 import ml_collections
 import pytest
 
-from lookup_vit import config_utils
+from lookup_vit import config_utils, train_step
 from lookup_vit.analysis import fit
 from tests import small
 
@@ -67,6 +67,22 @@ def test_what_is_in_force_is_built_upon():
     ("tensor", 2),
   ]
   assert {m.get("grad_accum_steps") for m in changes} == {None, 4, 8, 16}
+
+
+def test_of_a_captioner_the_encoder_keeps_less_where_it_is_trained():
+  spec = "configs/coco_caption_lookup_b.py:runlocal,frozen="
+  for frozen, want in ("true", set()), ("false", {"nothing_saveable"}):
+    c = config_utils.resolve(config_utils.load(spec + frozen))
+    c.num_classes = 99
+    policy = "dots_with_no_batch_dims_saveable"
+    c.model.encoder.remat_policy = policy
+    ladders = fit.ladders(c, axes_of(c), "train")
+    changes = [change for one in ladders for change in one]
+    assert changes and not any("model.remat_policy" in x for x in changes)
+    field = "model.encoder.remat_policy"
+    assert {x[field] for x in changes if field in x} == want
+    for change in changes:
+      train_step.build_model(fit.changed(c, change))
 
 
 def test_what_cannot_be_is_passed_over():
