@@ -6,14 +6,12 @@ The file is one of COCO's results: a JSON list of {"image_id": 12000,
 "caption": "a small three in the top left"}, one for each image of the split.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from absl import flags
-from etils import epath
 
 from lookup_vit import cli, quiet_tensorflow  # noqa: F401
+from lookup_vit.analysis import caption_files
 
 # isort: split
 from data.digit_captions import digit_captions_dataset_builder as scenes
@@ -22,34 +20,13 @@ from data.digit_captions import grammar
 FLAGS = flags.FLAGS
 
 
-def read(path: str) -> list[Mapping[str, Any]]:
-  """The results in a file.
-
-  Raises:
-    ValueError: it is no JSON list of `{"image_id": int, "caption": str}`.
-  """
-  try:
-    results = json.loads(epath.Path(path).read_text())
-  except (ValueError, RecursionError) as e:
-    raise ValueError(f"{path} is no JSON: {e}") from None
-  wanted = f'{path}: want a list of {{"image_id": int, "caption": str}}, got'
-  if not isinstance(results, list):
-    raise ValueError(f"{wanted} {str(results)[:80]}.")
-  for i, entry in enumerate(results):
-    fields = entry if isinstance(entry, dict) else {}
-    types = [type(fields.get(name)) for name in ("image_id", "caption")]
-    if types != [int, str]:
-      raise ValueError(f"{wanted} {str(entry)[:80]} at {i}.")
-  return results
-
-
 def shares(
-  results: Sequence[Mapping[str, Any]], split: str = "test"
+  captions: Mapping[int, str], split: str = "test"
 ) -> dict[str, dict[str, float]]:
   """How many captions have what right.
 
   Args:
-    results: as `read` returns them, one for each image of the split.
+    captions: by image, one for each of the split.
     split: `train` or `test`.
 
   Returns:
@@ -58,22 +35,17 @@ def shares(
     it is right.
 
   Raises:
-    ValueError: the images are not those of the split, each once.
+    ValueError: the images are not those of the split.
   """
   truth = {}
   for index in range(scenes.SPLITS[split]):
     example = scenes.example(split, index)
     digits = [grammar.Digit(**d) for d in example["digits"]]
     truth[example["image/id"]] = digits
-  captions = {r["image_id"]: r["caption"] for r in results}
   problems = {
     "without a caption": [i for i in truth if i not in captions],
     "not of the split": [i for i in captions if i not in truth],
   }
-  if len(captions) < len(results):
-    seen: set[int] = set()
-    again = [i for r in results if (i := r["image_id"]) in seen or seen.add(i)]
-    problems["with several captions"] = list(dict.fromkeys(again))
   if any(problems.values()):
     raise ValueError(
       f"want one caption for each of the {len(truth)} images of {split}; "
@@ -119,9 +91,9 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
 def main(argv):
   """Prints the table of a file of results."""
   del argv
-  results = read(FLAGS.results)
+  captions = caption_files.read_results(FLAGS.results)
   try:
-    rows = shares(results, FLAGS.split)
+    rows = shares(captions, FLAGS.split)
   except ValueError as e:
     raise ValueError(f"{FLAGS.results}: {e}") from None
   print(table(rows))

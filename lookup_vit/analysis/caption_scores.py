@@ -31,7 +31,7 @@ from etils import epath
 from PIL import Image
 
 from lookup_vit import cli
-from lookup_vit.analysis import caption_sheet
+from lookup_vit.analysis import caption_files, caption_sheet
 
 FLAGS = flags.FLAGS
 
@@ -452,86 +452,6 @@ def _spice(gts, res):
   return np.mean(values), values
 
 
-# Files.
-
-
-def write_results(path: str, captions: Captions) -> None:
-  """Writes captions as COCO's results: `[{"image_id": 1, "caption": "a"}]`."""
-  rows = [
-    {"image_id": int(i), "caption": captions[i]} for i in sorted(captions)
-  ]
-  epath.Path(path).write_text(json.dumps(rows))
-
-
-def read_results(path: str) -> dict[int, str]:
-  """Captions of a file of COCO's results, by image.
-
-  Raises:
-    ValueError: it is no such file, or has two captions for an image.
-  """
-  rows = _read_json(path)
-  captions = {}
-  for i, caption in _sentences(path, rows, "COCO's results, a list"):
-    if i in captions:
-      raise ValueError(f"{path}: two captions for image {i}.")
-    captions[i] = caption
-  return captions
-
-
-def read_references(path: str) -> dict[int, list[str]]:
-  """References of a file of COCO's annotations, by image, in its order.
-
-  Raises:
-    ValueError: it is no such file, or has a caption of an image that it lacks.
-  """
-  references: dict[int, list[str]] = {i: [] for i in _read_images(path)}
-  rows = _read_json(path).get("annotations")
-  want = "COCO's annotations, with a list `annotations`"
-  for i, caption in _sentences(path, rows, want):
-    if i not in references:
-      raise ValueError(f"{path}: a caption of image {i}, which it lacks.")
-    references[i].append(caption)
-  return references
-
-
-def _read_images(path) -> dict[int, Mapping[str, Any]]:
-  data = _read_json(path)
-  rows = data.get("images") if isinstance(data, dict) else None
-  if not isinstance(rows, list):
-    raise ValueError(f"{path}: want COCO's annotations, with a list `images`.")
-  for row in rows:
-    if not isinstance(row, dict) or not isinstance(row.get("id"), int):
-      raise ValueError(f"{path}: {_short(row)} in images: want an integer id.")
-  return {row["id"]: row for row in rows}
-
-
-def _read_json(path):
-  try:
-    return json.loads(epath.Path(path).read_bytes())
-  except ValueError as e:
-    raise ValueError(f"{path} is no JSON: {e}") from e
-
-
-def _sentences(path, rows, want) -> Iterator[tuple[int, str]]:
-  if not isinstance(rows, list):
-    raise ValueError(f"{path}: want {want}.")
-  for row in rows:
-    if (
-      not isinstance(row, dict)
-      or not isinstance(row.get("image_id"), int)
-      or not isinstance(row.get("caption"), str)
-    ):
-      raise ValueError(
-        f"{path}: {_short(row)}: want an integer image_id and a caption."
-      )
-    yield row["image_id"], row["caption"]
-
-
-def _short(row):
-  text = json.dumps(row)
-  return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 # The program.
 
 
@@ -548,7 +468,7 @@ def table(means: Mapping[str, float]) -> str:
 
 def _sheet_rows(references, captions, scores) -> Iterator[caption_sheet.Row]:
   """Of the first images, no larger than a sheet shows them."""
-  files = _read_images(FLAGS.references)
+  files = caption_files.read_images(FLAGS.references)
   for i in sorted(captions)[: FLAGS.sheet_rows]:
     name = files[i].get("file_name")
     if not isinstance(name, str):
@@ -567,8 +487,8 @@ def main(argv):
   check(FLAGS.metrics)
   if FLAGS.sheet and not FLAGS.images:
     raise ValueError("--sheet wants --images, the folder of the images' files.")
-  references = read_references(FLAGS.references)
-  captions = read_results(FLAGS.results)
+  references = caption_files.read_references(FLAGS.references)
+  captions = caption_files.read_results(FLAGS.results)
   scores = score(references, captions, FLAGS.metrics)
   print(table(scores.means))
   if FLAGS.output:

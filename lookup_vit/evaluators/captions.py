@@ -13,7 +13,7 @@ from lookup_vit import (
   parallel,
   tokenizer,
 )
-from lookup_vit.analysis import caption_scores, caption_sheet
+from lookup_vit.analysis import caption_files, caption_scores, caption_sheet
 from lookup_vit.evaluators import shared
 from lookup_vit.models import decoding
 from lookup_vit.train_step import Program
@@ -174,7 +174,7 @@ class Evaluator:
   def _leave(self, workdir, file, captions, scores, pictures):
     """Writes the captions of a grid into the work directory."""
     folder = config_utils.workdir_path(workdir)
-    caption_scores.write_results(folder / f"{file}.json", captions)
+    caption_files.write_results(folder / f"{file}.json", captions)
     rows = [
       caption_sheet.Row(
         image, i, captions[i], self.references[i], scores.each[i]

@@ -14,7 +14,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from pycocotools.coco import COCO
 
-from lookup_vit.analysis import caption_scores
+from lookup_vit.analysis import caption_files, caption_scores
 
 TEXT = """A man the two dog cat woman running plays sits on in with ball grass
 street red small U.S. café it's well-known "big" bus, train's etc. big"""
@@ -95,7 +95,7 @@ def folder(tmp_path_factory, references, captions):
     annotations=[dict(row, id=n) for n, row in enumerate(rows)],
   )
   (folder / "references.json").write_text(json.dumps(data))
-  caption_scores.write_results(str(folder / "results.json"), captions)
+  caption_files.write_results(str(folder / "results.json"), captions)
   return folder
 
 
@@ -349,60 +349,6 @@ def test_spice(monkeypatch):
   assert np.isnan(found.means["SPICE"])
   values = [row["SPICE"] for row in found.each.values()]
   np.testing.assert_equal(values, [0.25, np.nan, 0.75])
-
-
-def test_files(folder, references, captions):
-  path = str(folder / "results.json")
-  assert caption_scores.read_results(path) == captions
-  rows = json.loads((folder / "results.json").read_text())
-  assert [r["image_id"] for r in rows] == sorted(captions)
-  assert all(set(r) == {"image_id", "caption"} for r in rows)
-  found = caption_scores.read_references(str(folder / "references.json"))
-  assert found == references
-
-
-ONE = dict(image_id=1, caption="a dog", id=1)
-
-
-@pytest.mark.parametrize(
-  ("data", "match"),
-  [
-    ("{", "is no JSON"),
-    ({"a": 1}, "want COCO's results, a list"),
-    ([1], "1: want an integer image_id and a caption"),
-    ([dict(image_id="1", caption="a")], "want an integer image_id"),
-    ([dict(image_id=1, caption=None)], "want an integer image_id"),
-    ([ONE, ONE], "two captions for image 1"),
-  ],
-)
-def test_no_results(data, match, tmp_path):
-  path = tmp_path / "data.json"
-  path.write_text(data if isinstance(data, str) else json.dumps(data))
-  with pytest.raises(ValueError, match=match) as e:
-    caption_scores.read_results(str(path))
-  assert str(path) in str(e.value)
-
-
-@pytest.mark.parametrize(
-  ("data", "match"),
-  [
-    ("\0", "is no JSON"),
-    ([ONE], "with a list `images`"),
-    (dict(images=[dict(id=1)]), "with a list `annotations`"),
-    (dict(images=[dict(id="1")], annotations=[]), "want an integer id"),
-    (dict(images=[dict(id=2)], annotations=[ONE]), "image 1, which it lacks"),
-    (
-      dict(images=[dict(id=2)], annotations=[dict(image_id=2, bbox=[0] * 99)]),
-      r"\.\.\.: want an integer image_id and a caption",
-    ),
-  ],
-)
-def test_no_references(data, match, tmp_path):
-  path = tmp_path / "data.json"
-  path.write_text(data if isinstance(data, str) else json.dumps(data))
-  with pytest.raises(ValueError, match=match) as e:
-    caption_scores.read_references(str(path))
-  assert str(path) in str(e.value)
 
 
 def run(*args):
