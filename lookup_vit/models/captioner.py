@@ -397,12 +397,17 @@ def Model(  # noqa: N802
     **fields: fields of `Captioner`, over those of the variant.
 
   Raises:
-    ValueError: unknown variant, encoder or field, or no size of a vocabulary.
+    ValueError: unknown variant, encoder or field, a field that a captioner
+      cannot have, or no size of a vocabulary.
   """
   if num_classes is None:
     raise ValueError("A captioner wants num_classes, the vocabulary's size.")
   encoder = dict(encoder or {})
   name = encoder.pop("model_name", "lookup_vit")
+  if "num_classes" in encoder:
+    raise ValueError("encoder.num_classes: a captioner's encoder has no head.")
+  if fields.get("qk_norm"):
+    raise ValueError("qk_norm: a captioner's decoder has none.")
   if name not in _CLASSES:
     raise ValueError(
       f"encoder.model_name={name!r}: want {' or '.join(map(repr, _CLASSES))}."

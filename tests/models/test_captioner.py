@@ -269,6 +269,8 @@ def test_size_of_the_decoder():
     ),
     ((11,), dict(encoder=dict(gird=(5, 5))), "LookupViT.*'gird'.*'grid'"),
     ((11,), dict(encoder=dict(variant="B")), "variant 'B'.*SIZE/PATCH"),
+    ((11,), dict(encoder=dict(num_classes=3)), "encoder.num_classes"),
+    ((11,), dict(qk_norm=True), "qk_norm"),
   ],
 )
 def test_factory_refuses(args, fields, message):
