@@ -1,7 +1,7 @@
 """COCO's files of captions: results of a model, and annotations."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -28,6 +28,20 @@ def read_results(path: str) -> dict[int, str]:
       raise ValueError(f"{path}: two captions for image {i}.")
     captions[i] = caption
   return captions
+
+
+def write_references(
+  path: str, references: Mapping[int, Sequence[str]]
+) -> None:
+  """Writes references as COCO's annotations, without the images' files."""
+  images = [{"id": int(i)} for i in sorted(references)]
+  rows = [(i, text) for i in sorted(references) for text in references[i]]
+  annotations = [
+    {"id": n, "image_id": int(i), "caption": text}
+    for n, (i, text) in enumerate(rows)
+  ]
+  data = {"images": images, "annotations": annotations}
+  epath.Path(path).write_text(json.dumps(data))
 
 
 def read_references(path: str) -> dict[int, list[str]]:

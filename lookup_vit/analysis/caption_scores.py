@@ -3,9 +3,13 @@ r"""Scores of captions: BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
 python -m lookup_vit.analysis.caption_scores \
         --results=captions.json --references=captions_val2014.json
 
-Both files are as COCO has them. The numbers are those of COCO's evaluation code
-in the package `pycocoevalcap`, which needs Java for its tokeniser, METEOR and
-SPICE: `pip install 'lookup_vit[captions]'` brings both.
+Both files are as COCO has them, and as a captioner's evaluation leaves them in
+its work directory. `--leave_one_out` says how near captions come to what people
+wrote: CIDEr of each reference against the others.
+
+The numbers are those of COCO's evaluation code in the package `pycocoevalcap`,
+which needs Java for its tokeniser, METEOR and SPICE: `pip install
+'lookup_vit[captions]'` brings both.
 """
 
 import contextlib
@@ -491,6 +495,13 @@ def main(argv):
   captions = caption_files.read_results(FLAGS.results)
   scores = score(references, captions, FLAGS.metrics)
   print(table(scores.means))
+  if FLAGS.leave_one_out:
+    human = leave_one_out(references)
+    ours = against_subsets(references, captions)
+    print(
+      f"CIDEr of each reference against the others: {100 * human:.1f}; of the "
+      f"captions against as many: {100 * ours:.1f}, {ours / human:.1%} of it."
+    )
   if FLAGS.output:
     text = json.dumps(dataclasses.asdict(scores), indent=2)
     epath.Path(FLAGS.output).write_text(text + "\n")
@@ -507,6 +518,7 @@ if __name__ == "__main__":
     "references", None, "COCO annotations JSON.", required=True
   )
   flags.DEFINE_list("metrics", list(DEFAULT), f"Of {', '.join(METRICS)}.")
+  flags.DEFINE_bool("leave_one_out", False, "References by the others too.")
   flags.DEFINE_string("output", None, "JSON of all numbers, not times 100.")
   flags.DEFINE_string("sheet", None, "HTML of images with their captions.")
   flags.DEFINE_string("images", None, "Folder of the images, for the sheet.")

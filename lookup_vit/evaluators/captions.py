@@ -28,7 +28,8 @@ class Evaluator:
   of `analysis/caption_scores.py`, as pycocoevalcap gives them (1, not 100), and
   `unfinished`, the share of captions that are cut at the most ids. In a work
   directory it leaves `captions_NAME_GRID.json`, the results as COCO's server
-  takes them, and a page with images, captions and references, `.html`.
+  takes them; `captions_NAME_GRID.html`, a page with images, captions and
+  references; and `references_NAME.json`, the references as COCO's annotations.
 
   Args:
     program: a captioner's; `config.tokenizer` is its tokenizer.
@@ -157,6 +158,9 @@ class Evaluator:
             captions[ids[place]] = row
     if jax.process_index() != 0:
       return
+    if workdir is not None:
+      path = config_utils.workdir_path(workdir) / f"references_{self.name}.json"
+      caption_files.write_references(path, self.references)
     for grid, rows in found.items():
       parts = [] if grid is None else [config_utils.format_grid(grid)]
       where = "/".join([self.name, *parts])

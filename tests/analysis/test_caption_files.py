@@ -42,6 +42,17 @@ def as_bytes(data):
   return data if isinstance(data, bytes) else json.dumps(data).encode()
 
 
+def test_references_written(tmp_path):
+  path = tmp_path / "references.json"
+  caption_files.write_references(path, REFERENCES)
+  assert caption_files.read_references(path) == REFERENCES
+  coco = COCO(str(path))
+  assert sorted(coco.getImgIds()) == sorted(REFERENCES)
+  for i, sentences in REFERENCES.items():
+    found = coco.loadAnns(coco.getAnnIds(imgIds=[i]))
+    assert [row["caption"] for row in found] == sentences
+
+
 ONE = dict(image_id=1, caption="a dog", id=1)
 
 

@@ -357,7 +357,7 @@ def run(*args):
   )
 
 
-def test_program(folder, scores, tmp_path, references):
+def test_program(folder, scores, tmp_path, references, captions):
   rng = np.random.default_rng(0)
   for i in references:
     image = rng.integers(0, 256, (400, 300, 3), dtype=np.uint8)
@@ -375,10 +375,17 @@ def test_program(folder, scores, tmp_path, references):
     f"--sheet={tmp_path}/sheet.html",
     f"--images={tmp_path}",
     "--sheet_rows=4",
+    "--leave_one_out",
   )
   assert done.returncode == 0, done.stderr
   means = {name: scores.means[name] for name in ("CIDEr", "Bleu_4")}
   assert done.stdout.startswith(caption_scores.table(means) + "\n")
+  human = caption_scores.leave_one_out(references)
+  ours = caption_scores.against_subsets(references, captions)
+  assert (
+    f"others: {100 * human:.1f}; of the captions against as many: "
+    f"{100 * ours:.1f}, {100 * ours / human:.1f}% of it.\n"
+  ) in done.stdout
   assert done.stderr == ""
   found = json.loads((tmp_path / "out.json").read_text())
   assert found["means"] == pytest.approx(means)
