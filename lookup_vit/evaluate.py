@@ -63,7 +63,7 @@ def evaluate(
       evaluator.batch_size = batch_size
   if config.tokenizer is not None:
     config.tokenizer = tokenizer.of_workdir(workdir)
-    train.load_tokenizer(config)
+    tokenizer.of_config(config)
   program = train_step.Program(config, config.total_steps)
   evaluators = train.make_evaluators(program, config.evals)
   params, step, _ = checkpoints.load_params(

@@ -9,6 +9,7 @@ the c4_en of T5 and big_vision
 import functools
 from collections.abc import Iterable
 
+import ml_collections
 import numpy as np
 from etils import epath
 
@@ -85,6 +86,27 @@ class Tokenizer:
 def load(path: str) -> Tokenizer:
   """A `Tokenizer`; of the same path the same one."""
   return Tokenizer(path)
+
+
+def of_config(config: ml_collections.ConfigDict) -> Tokenizer | None:
+  """The tokenizer of a config, if it has one; sets `num_classes` if it is None.
+
+  Raises:
+    ValueError: it cannot be read, or its vocabulary has another size than the
+      config.
+  """
+  if config.tokenizer is None:
+    return None
+  with config_utils.at_fault("config.tokenizer"):
+    words = load(config.tokenizer)
+  if config.num_classes is None:
+    config.num_classes = words.size
+  if config.num_classes != words.size:
+    raise ValueError(
+      f"config.tokenizer={config.tokenizer!r} has {words.size} pieces, "
+      f"config.num_classes is {config.num_classes}."
+    )
+  return words
 
 
 def of_workdir(workdir: str) -> str:

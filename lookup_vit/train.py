@@ -74,7 +74,7 @@ def train_and_evaluate(
   """
   # What can be wrong is found first.
   config = config_utils.resolve(config)
-  words = load_tokenizer(config)
+  words = tokenizer.of_config(config)
   train_step.build_model(config)
   data = config.input.data
   with config_utils.at_fault("config.input"):
@@ -188,29 +188,6 @@ def make_dataset(
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-
-
-def load_tokenizer(
-  config: ml_collections.ConfigDict,
-) -> tokenizer.Tokenizer | None:
-  """The tokenizer of a config, if it has one; sets `num_classes` if it is None.
-
-  Raises:
-    ValueError: it cannot be read, or its vocabulary has another size than the
-      config.
-  """
-  if config.tokenizer is None:
-    return None
-  with config_utils.at_fault("config.tokenizer"):
-    words = tokenizer.load(config.tokenizer)
-  if config.num_classes is None:
-    config.num_classes = words.size
-  if config.num_classes != words.size:
-    raise ValueError(
-      f"config.tokenizer={config.tokenizer!r} has {words.size} pieces, "
-      f"config.num_classes is {config.num_classes}."
-    )
-  return words
 
 
 def check_classes(

@@ -25,8 +25,9 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
-from lookup_vit import config_utils, parallel, train_step
+from lookup_vit import config_utils, parallel, tokenizer, train_step
 from lookup_vit.analysis import hlo
 
 # Batches on the devices beside that of a step: those that training puts there
@@ -123,6 +124,8 @@ def prepare(config: Any, grids: Sequence[Any] | None) -> Any:
     ValueError: a field is wrong, or grids for a model that has none.
   """
   config = config_utils.resolve(config)
+  if config.tokenizer and epath.Path(config.tokenizer).is_file():
+    tokenizer.of_config(config)
   if config.num_classes is None:  # To be read off the data.
     config.num_classes = 1000
   for name, fields in config.evals.items():
