@@ -124,7 +124,8 @@ def prepare(config: Any, grids: Sequence[Any] | None) -> Any:
     ValueError: a field is wrong, or grids for a model that has none.
   """
   config = config_utils.resolve(config)
-  if config.tokenizer and epath.Path(config.tokenizer).is_file():
+  path = config.tokenizer
+  if config.num_classes is None and path and epath.Path(path).is_file():
     tokenizer.of_config(config)
   if config.num_classes is None:  # To be read off the data.
     config.num_classes = 1000
