@@ -137,6 +137,45 @@ def test_quickstart_ends_with_a_failed_training(launch):
   assert len(worked(calls)) == 1
 
 
+@pytest.mark.parametrize("model", ["lookup", "vit"])
+def test_captions(launch, model):
+  out = launch.path / "some dir"
+  results = out / "decoder" / "captions_test_2x2.json"
+  results.parent.mkdir(parents=True)
+  results.touch()
+  process, calls = launch("launch/captions.sh", model, out, "seed=1,epochs=2")
+  assert process.returncode == 0, process.stderr
+  assert installed(calls) == [".[captions]"]
+  config = f"--config=configs/digit_captions_{model}.py"
+  assert worked(calls) == [
+    (f"{launch.repo}/.venv/bin/python", f"-m {call}")
+    for call in (
+      f"lookup_vit.preprocess.train_tokenizer {config} --vocab_size=128 "
+      f"--model_type=bpe --normalization=identity --output={out}/digits.model",
+      f"lookup_vit.train --workdir={out}/encoder "
+      f"{config}:task=classification,seed=1,epochs=2",
+      f"lookup_vit.train --workdir={out}/decoder "
+      f"{config}:tokenizer={out}/digits.model,encoder={out}/encoder,"
+      "seed=1,epochs=2",
+      f"data.digit_captions.check --results={results}",
+      "lookup_vit.analysis.caption_scores --metrics=CIDEr --leave_one_out "
+      f"--results={results} --references={out}/decoder/references_test.json",
+    )
+  ]
+  # Continued, it takes the tokenizer that is there.
+  (out / "digits.model").touch()
+  process, calls = launch("launch/captions.sh", model, out)
+  assert worked(calls)[0][1] == (
+    f"-m lookup_vit.train --workdir={out}/encoder {config}:task=classification"
+  )
+
+
+def test_captions_of_an_unknown_model(launch):
+  process, calls = launch("launch/captions.sh", "resnet")
+  assert process.returncode == 1 and not calls
+  assert process.stderr == "error: model resnet: want lookup or vit\n"
+
+
 def test_installs_once(launch):
   launch("launch/quickstart.sh")
   process, calls = launch("launch/quickstart.sh")
