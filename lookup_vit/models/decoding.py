@@ -135,7 +135,9 @@ def nucleus(
   probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
   before = jnp.cumsum(probs, axis=-1) - probs
   rank = jnp.argsort(order, axis=-1)
-  kept = jnp.take_along_axis(before < top_p, rank, axis=-1)
+  # Rounded, the sum of all but the last may be 1.
+  in_nucleus = (before < top_p) | (top_p >= 1)
+  kept = jnp.take_along_axis(in_nucleus, rank, axis=-1)
   return jnp.where(kept, logits, -jnp.inf)
 
 

@@ -88,6 +88,9 @@ class Task:
   ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Cross-entropy with smoothed targets, the mean over a batch's ids.
 
+    With `config.grad_accum_steps` it is that over a micro-batch's ids, and the
+    update the mean over micro-batches, which may have other numbers of ids.
+
     Logged are `token_accuracy`; `perplexity`, of targets that are not smoothed;
     and the share of `captions_cut`, where the batch says.
     """

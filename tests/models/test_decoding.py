@@ -397,6 +397,13 @@ def test_nucleus(top_p):
     assert len(sizes) > 1
 
 
+def test_no_id_is_outside_a_nucleus_of_all():
+  logits = jnp.linspace(0.0, -60.0, 1000)[None]
+  got = decoding.nucleus(logits, 1.0)
+  np.testing.assert_array_equal(got, logits)
+  assert np.sum(np.asarray(decoding.nucleus(logits, 0.999)) > -np.inf) < 200
+
+
 def sample_table(table, rngs, **options):
   options = dict(begin=0, end=0, length=table.shape[1]) | options
   cache = jnp.zeros((len(table), 1, table.shape[1]), jnp.int32)
