@@ -26,7 +26,7 @@ from configs import common
 _MODULE = "data.digit_captions"
 # Which digit of which size is in which cell.
 _PARTS = 80
-_LENGTH = 32
+_LENGTH = 24
 
 
 def get_config(arg=None):
@@ -46,8 +46,8 @@ def get_config(arg=None):
   config.input = dict(
     data=dict(module=_MODULE, split="train"),
     image_size=(32, 32),
-    batch_size=64,
-    shuffle_buffer_size=12_000,
+    batch_size=32,
+    shuffle_buffer_size=36_000,
   )
   encoder = dict(variant="Ti/4", width=64, depth=4, num_heads=2, grid=(3, 3))
   config.grids = [(2, 2), (3, 3), (4, 4)]
@@ -58,7 +58,7 @@ def get_config(arg=None):
   config.wd = 1e-4
   config.schedule = dict(warmup_percent=0.1, decay_type="cosine")
   config.log_training_steps = 100
-  config.ckpt_steps = 1000
+  config.ckpt_steps = 2000
 
   if arg.task == "classification":
     _classify(config, encoder)
@@ -87,7 +87,7 @@ def _classify(config, encoder):
   config.model.head_bias_init = -4.0
   config.num_classes = _PARTS
   config.loss = "sigmoid_xent"
-  config.total_epochs = 15.0
+  config.total_epochs = 5.0
   pp = (
     f"decode|value_range(-1,1)|onehot({_PARTS},'parts','labels')"
     "|keep('image','labels')"
@@ -98,7 +98,7 @@ def _classify(config, encoder):
       type="classification",
       data=dict(module=_MODULE, split="test"),
       pp_fn=pp,
-      log_steps=1000,
+      log_steps=2000,
     )
   )
 
@@ -107,13 +107,14 @@ def _caption(config, encoder, arg):
   config.model_name = "captioner"
   config.model = dict(
     encoder=dict(model_name="lookup_vit", **encoder),
-    depth=2,
+    depth=3,
+    num_heads=4,
     max_length=_LENGTH,
     frozen=arg.frozen,
   )
   config.tokenizer = arg.tokenizer
   config.model_init = arg.encoder or None
-  config.total_epochs = 10.0
+  config.total_epochs = 6.0
   pp = "decode|value_range(-1,1)"
   config.input.pp = common.caption_ops(pp, arg.tokenizer, _LENGTH)
   config.evals = dict(

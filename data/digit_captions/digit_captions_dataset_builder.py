@@ -1,11 +1,11 @@
 """Digit captions: scenes of handwritten digits, described in sentences.
 
 An embedded data set for captioning, as `data/digits` is for classification: it
-needs no network and no manual files. One to three real handwritten digits, of
-two sizes, lie in the quarters of a canvas; five references say which, and
-where. Whether a caption is true is a matter of rules (`grammar.check`). Names
-and structure of the features are those of TFDS's `coco_captions`. README.md
-says more.
+needs no network and no manual files. One or two real handwritten digits, of two
+sizes, lie in the quarters of a canvas; five references say which, and where.
+Whether a caption is true is a matter of rules (`grammar.check`). Names and
+structure of the features are those of TFDS's `coco_captions`. README.md says
+more.
 
 Build it from the root of the repository with
 
@@ -34,20 +34,19 @@ except ModuleNotFoundError:
 from data.digit_captions import grammar
 
 _DESCRIPTION = """\
-One, two or three handwritten digits of scikit-learn (see the data set
-`digits`), small or large, each in another quarter of a canvas of 32x32 pixels.
+One or two handwritten digits of scikit-learn (see the data set `digits`), small
+or large, each in another quarter of a canvas of 32x32 pixels.
 `captions` are five different sentences that name all digits and say where they
 are, by places or by relations. `parts` says which digit of which size is in
 which quarter, as classes; `digits` says it in numbers, in reading order. The
 digits of `test` are none of those of `train`.
 """
 
-SPLITS = {"train": 12_000, "test": 1_000}
+SPLITS = {"train": 36_000, "test": 1_000}
 CELL = 16
 # Pixels of a digit, by the index in grammar.SIZES.
-PIXELS = (8, 16)
-# Of the places of small digits, in pixels: on the grid of patches of this size
-# a few thousand glyphs are enough to learn from.
+PIXELS = (12, 16)
+# Of the places of small digits, in pixels.
 _LATTICE = 4
 PARTS = tuple(
   f"{size} {name} {row} {column}"
@@ -103,7 +102,7 @@ def example(split: str, index: int) -> dict[str, Any]:
   # NumPy promises that this generator's numbers never change.
   rng = np.random.RandomState([list(SPLITS).index(split), index])
   source, ids = _load()
-  count = rng.randint(1, 4)
+  count = rng.randint(1, 3)
   cells = np.sort(rng.permutation(4)[:count])
   digits, glyphs, corners = [], [], []
   for cell in cells.tolist():
@@ -129,7 +128,7 @@ def example(split: str, index: int) -> dict[str, Any]:
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-  """Builds the scenes: 12,000 for training, 1,000 for testing."""
+  """Builds the scenes: 36,000 for training, 1,000 for testing."""
 
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES = {"1.0.0": "Initial release."}

@@ -91,8 +91,9 @@ def relation(a: Digit, b: Digit) -> tuple[int, int]:
 
 
 def plain(digits: Sequence[Digit]) -> str:
-  """The first reference: all digits in reading order, with sizes and places."""
-  return _list(_reading_order(digits), [True] * len(digits), "in")
+  """The first reference: all digits in reading order, with places and sizes."""
+  digits = _reading_order(digits)
+  return _where_first(digits, [_mention(d, True) for d in digits], "in")
 
 
 def describe(digits: Sequence[Digit], rng: np.random.RandomState) -> list[str]:
@@ -142,9 +143,7 @@ def _draw(digits, rng):
       count = "is one digit"
     return f"there {count}, {_list(digits, sized, preposition)}"
   if template == "where_first":
-    places = [f"{preposition} the {_cell(d)}" for d in digits]
-    places[0] += " is"
-    return ", ".join(map(" ".join, zip(places, mentions, strict=True)))
+    return _where_first(digits, mentions, preposition)
   if template == "shows":
     cells = [f"the {_cell(d)} shows" for d in digits]
     return _join(list(map(" ".join, zip(cells, mentions, strict=True))))
@@ -156,6 +155,12 @@ def _draw(digits, rng):
     sentence += ", which is" * (i > 0)
     sentence += f" {RELATIONS[relation(digits[i], digits[i + 1])]} {mention}"
   return sentence
+
+
+def _where_first(digits, mentions, preposition):
+  places = [f"{preposition} the {_cell(d)}" for d in digits]
+  places[0] += " is"
+  return ", ".join(map(" ".join, zip(places, mentions, strict=True)))
 
 
 def _list(digits, sized, preposition):

@@ -53,6 +53,7 @@ EXAMPLES = {
   "data.digits": 1_437,
   "data.moving_digits/motion": 11_496,
   "data.moving_digits/glyph": 11_496,
+  "data.digit_captions": 36_000,
 }
 
 
