@@ -12,7 +12,8 @@ import sentencepiece
 from configs import common
 from lookup_vit import tokenizer
 
-WORDS = "a red dog runs two dogs run on sand größer sees the café".split()
+TEXT = "a red dog runs two dogs run on sand größer sees the café"
+WORDS = TEXT.split()
 # Numbers of the special ids, and which of them begins a caption.
 BEGINS = {
   "begin": (dict(bos_id=3, pad_id=0, eos_id=1, unk_id=2), 3),
