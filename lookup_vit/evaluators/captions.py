@@ -85,7 +85,8 @@ class Evaluator:
     self.beams = _positive(f"{where}.beams", beams)
     self.alpha = alpha
     longest = program.model.max_length
-    self.length = _positive(f"{where}.max_length", max_length or longest)
+    length = longest if max_length is None else max_length
+    self.length = _positive(f"{where}.max_length", length)
     if self.length > longest:
       raise ValueError(
         f"{where}.max_length={max_length}: the decoder has {longest}."
