@@ -1,5 +1,6 @@
 """Tests of lookup_vit/evaluators/captions.py, on ten images like COCO's."""
 
+import copy
 import functools
 import html
 import json
@@ -18,7 +19,7 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from lookup_vit import config_utils, input_pipeline, train_step
 from lookup_vit.analysis import caption_files, caption_scores
 from lookup_vit.evaluators.captions import Evaluator
-from lookup_vit.models import decoding
+from lookup_vit.models import decoding, lookup_vit
 from lookup_vit.preprocess import train_tokenizer
 from lookup_vit.tokenizer import Tokenizer
 from tests import lookalikes, programs
@@ -33,7 +34,7 @@ GRIDS = [(2, 2), (1, 2)]
 QUICK = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]
 BEGIN, END, SIZE, LENGTH = 0, 1, 15, 8
 # How a split is evaluated where a test does not say.
-FIELDS = dict(pp_fn=PP, metrics=QUICK, beams=3)
+FIELDS = dict(pp_fn=PP, metrics=QUICK, beams=3, alpha=-2.0)
 
 
 def number(i):
@@ -136,7 +137,7 @@ def rows_of(folder, program, params):
   assert len(examples) == COUNT
 
   @functools.cache
-  def rows(grid, beams, alpha=0.6, length=LENGTH):
+  def rows(grid, beams, alpha=FIELDS["alpha"], length=LENGTH):
     @common.jit
     def write(params, images):
       options = dict(begin=BEGIN, end=END, length=length, grid=grid)
@@ -252,18 +253,9 @@ def test_page(of_four, captions_of, references, folder):
   assert len(os.listdir(workdir)) == 4
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_batch_size_does_not_matter(
-  batch_size, program, params, folder, of_four, tmp_path
-):
-  got = evaluate(
-    program,
-    params,
-    folder,
-    tmp_path,
-    batch_size=batch_size,
-    grids=[(1, 2)],
-  )
+def test_batch_size_does_not_matter(program, params, folder, of_four, tmp_path):
+  fields = dict(batch_size=7, grids=[(1, 2)])
+  got = evaluate(program, params, folder, tmp_path, **fields)
   want, workdir = of_four
   assert got == {k: v for k, v in want.items() if "/1x2/" in k}
   assert written(tmp_path, "val_1x2") == written(workdir, "val_1x2")
@@ -335,25 +327,20 @@ def test_greedy(program, params, folder, captions_of, references, tmp_path):
   assert "<figure>" not in page
 
 
-def test_penalty_and_no_work_directory(
-  program, params, folder, rows_of, monkeypatch, tmp_path
+def test_penalty_of_short_captions(of_four, rows_of):
+  """That of `FIELDS` is not the default."""
+  got = of_four[0]["val/1x2/unfinished"]
+  usual = rows_of((1, 2), 3, alpha=0.6).values()
+  assert got < np.mean([END not in row for row in usual])
+
+
+def test_no_work_directory(
+  program, params, folder, of_four, monkeypatch, tmp_path
 ):
+  """And `check` is called for each batch."""
   monkeypatch.chdir(tmp_path)
-  got = evaluate(
-    program, params, folder, alpha=-2.0, grids=[(1, 2)], metrics=["CIDEr"]
-  )
-  assert set(got) == {"val/1x2/CIDEr", "val/1x2/unfinished"}
-  short, usual = (
-    np.mean([END not in r for r in rows_of((1, 2), 3, alpha=alpha).values()])
-    for alpha in (-2.0, 0.6)
-  )
-  assert got["val/1x2/unfinished"] == pytest.approx(short)
-  assert short < usual
-  assert not os.listdir(tmp_path)
-
-
-def test_check_is_called_for_each_batch(program, params, folder):
-  evaluator = Evaluator(program, "val", data=data_of(folder), **FIELDS)
+  fields = FIELDS | dict(data=data_of(folder), grids=[(1, 2)])
+  evaluator = Evaluator(program, "val", **fields | dict(metrics=["CIDEr"]))
   calls = []
 
   class Stop(Exception):
@@ -361,18 +348,24 @@ def test_check_is_called_for_each_batch(program, params, folder):
 
   def stop():
     calls.append(len(calls))
-    if len(calls) == 3:
+    if len(calls) == 2:
       raise Stop
 
   with pytest.raises(Stop):
     list(evaluator.run(params, stop))
-  assert calls == [0, 1, 2]
+  assert len(calls) == 2
+  got = dict(evaluator.run(params, lambda: calls.append(0)))
+  assert len(calls) == 2 + 3
+  assert set(got) == {"val/1x2/CIDEr", "val/1x2/unfinished"}
+  assert got.items() < of_four[0].items()
+  assert not os.listdir(tmp_path)
 
 
 def test_defaults(program, folder):
   evaluator = Evaluator(program, "val", data=data_of(folder), pp_fn=PP)
   assert evaluator.metrics == caption_scores.DEFAULT
   assert evaluator.length == LENGTH and evaluator.beams == 4
+  assert evaluator.alpha == 0.6
   assert evaluator.grids == GRIDS and evaluator.batch_size == 4
 
 
@@ -434,24 +427,19 @@ def test_data_that_cannot_be(changes, words, program, tmp_path):
     Evaluator(program, "val", data=data_of(tmp_path), **FIELDS)
 
 
-def test_models_that_write_no_captions(folder):
-  program = make_program(
-    folder,
-    model_name="lookup_vit",
-    task="classification",
-    tokenizer=None,
-    model=dict(variant="mu/4", depth=1, grid=(2, 2)),
-  )
+def test_models_that_write_no_captions(program, folder):
+  other = copy.copy(program)
+  other.model = lookup_vit.Model(SIZE, "mu/4", depth=1, grid=(2, 2))
+  other.config = copy.deepcopy(program.config)
+  other.config.model_name = "lookup_vit"
   with pytest.raises(ValueError, match="evals.val.*'lookup_vit' writes no"):
-    Evaluator(program, "val", data=data_of(folder), **FIELDS)
+    Evaluator(other, "val", data=data_of(folder), **FIELDS)
 
 
-def test_no_tokenizer(folder, tmp_path):
-  match = "config.evals.val wants config.tokenizer"
-  with pytest.raises(ValueError, match=match):
-    Evaluator(
-      make_program(folder, tokenizer=None),
-      "val",
-      data=data_of(folder),
-      **FIELDS,
-    )
+def test_no_tokenizer(program, folder):
+  other = copy.copy(program)
+  other.config = copy.deepcopy(program.config)
+  with other.config.ignore_type():
+    other.config.tokenizer = None
+  with pytest.raises(ValueError, match="evals.val wants config.tokenizer"):
+    Evaluator(other, "val", data=data_of(folder), **FIELDS)
