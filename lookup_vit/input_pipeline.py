@@ -456,7 +456,8 @@ def examples(data: Mapping[str, Any], *, pp: str) -> Iterator[dict[str, Any]]:
 
   @tf.autograph.experimental.do_not_convert
   def one(index, record):
-    return preprocess(source.load(record), fold(make_seed(0), index))
+    # With its place: to TensorFlow, features alone might be none at all.
+    return index, preprocess(source.load(record), fold(make_seed(0), index))
 
   sequence = source.in_sequence(0, source.size)
 
@@ -464,4 +465,19 @@ def examples(data: Mapping[str, Any], *, pp: str) -> Iterator[dict[str, Any]]:
     _explain(source, sequence.skip(number).take(1), one)
 
   ds = sequence.map(one, _AUTOTUNE, deterministic=True).prefetch(_AUTOTUNE)
-  yield from Batches(ds, explain)
+  for _, example in Batches(ds, explain):
+    yield example
+
+
+def texts(example: Mapping[str, Any], key: str) -> list[str]:
+  """The texts that one of `examples` has in a feature: one, or several.
+
+  Raises:
+    ValueError: there is no such feature, or it is no text.
+  """
+  if key not in example:
+    raise ValueError(f"The data have no feature {key!r}.")
+  found = np.asarray(example[key], object).reshape(-1).tolist()
+  if not all(isinstance(text, bytes) for text in found):
+    raise ValueError(f"The feature {key!r} is no text.")
+  return [text.decode(errors="replace") for text in found]

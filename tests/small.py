@@ -3,7 +3,11 @@
 import json
 import os
 
+from data.digit_captions import Builder
 from lookup_vit import config_utils
+
+# isort: split
+import tensorflow_datasets as tfds
 
 
 def config(**fields):
@@ -35,3 +39,9 @@ def results(workdir):
   """The rows of `results.json`."""
   with open(os.path.join(workdir, "results.json")) as f:
     return json.load(f)
+
+
+def digit_captions(data_dir: str, count: int = 64) -> None:
+  """Prepares the first scenes of both splits of `data.digit_captions`."""
+  few = tfds.download.DownloadConfig(max_examples_per_split=count)
+  Builder(data_dir=data_dir).download_and_prepare(download_config=few)

@@ -86,7 +86,8 @@ class Evaluator:
     self.beams = _positive(f"{where}.beams", beams)
     self.alpha = alpha
     longest = program.model.max_length
-    self.length = _positive(f"{where}.max_length", max_length or longest)
+    length = longest if max_length is None else max_length
+    self.length = _positive(f"{where}.max_length", length)
     if self.length > longest:
       raise ValueError(
         f"{where}.max_length={max_length}: the decoder has {longest}."
@@ -203,13 +204,12 @@ def _references(data, key, image_id) -> dict[int, list[str]]:
   found = {}
   pp = f"flatten|keep({key!r}, {image_id!r})"
   for example in input_pipeline.examples(data, pp=pp):
-    for name in (key, image_id):
-      if name not in example:
-        raise ValueError(f"The data have no feature {name!r}.")
+    texts = input_pipeline.texts(example, key)
+    if image_id not in example:
+      raise ValueError(f"The data have no feature {image_id!r}.")
     i = int(example[image_id])
     if i in found:
       raise ValueError(f"{image_id} {i} comes twice.")
-    texts = [text.decode(errors="replace") for text in example[key].tolist()]
     if not any(text.strip() for text in texts):
       raise ValueError(f"The image with {image_id} {i} has no references.")
     found[i] = texts

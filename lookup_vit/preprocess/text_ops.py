@@ -50,8 +50,9 @@ def tokenize(
   words = tokenizer.load(model)
 
   def encode(caption):
-    ids = [words.begin, *words.encode(caption.decode(errors="replace"))]
-    ids.append(words.end)
+    # Bytes in a graph, an array of them in eager execution.
+    caption = np.asarray(caption, object).item().decode(errors="replace")
+    ids = [words.begin, *words.encode(caption), words.end]
     cut = np.float32(len(ids) > max_length + 1)
     ids = np.array(ids[: max_length + 1], np.int32)
     pad = max_length + 1 - len(ids)

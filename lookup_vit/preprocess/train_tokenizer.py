@@ -91,15 +91,14 @@ def captions_of(
   """The captions of a data set, or of all those of a mixture.
 
   Raises:
-    ValueError: the data cannot be read, or have no such feature.
+    ValueError: the data cannot be read, or have no such feature of texts.
   """
   for description, _, _ in descriptions.mixture(data):
     pp = f"flatten|keep({key!r})"
     for example in input_pipeline.examples(description, pp=pp):
-      if key not in example:
-        raise ValueError(f"--key: the data have no feature {key!r}.")
-      for text in example[key].reshape(-1).tolist():
-        text = text.decode(errors="replace")
+      with config_utils.at_fault("--key"):
+        texts = input_pipeline.texts(example, key)
+      for text in texts:
         yield text.lower() if lower else text
 
 
