@@ -82,9 +82,16 @@ class Tokenizer:
     return self._model.DecodeIds(found)
 
 
-@functools.lru_cache
 def load(path: str) -> Tokenizer:
-  """A `Tokenizer`; of the same path the same one."""
+  """A `Tokenizer`; of the same file the same one."""
+  file = epath.Path(path).expanduser()
+  written = file.stat().mtime if path and file.is_file() else None
+  return _load(path, written)
+
+
+@functools.lru_cache
+def _load(path, written):
+  del written  # Of another file at the same place.
   return Tokenizer(path)
 
 

@@ -1,6 +1,7 @@
 """Tests of lookup_vit/tokenizer.py, against SentencePiece itself."""
 
 import io
+import os
 import pathlib
 import re
 import sys
@@ -101,6 +102,14 @@ def test_a_tokenizer_is_loaded_once(models):
   one = tokenizer.load(models["padding"])
   assert tokenizer.load(models["padding"]) is one
   assert tokenizer.load(models["begin"]) is not one
+
+
+def test_another_one_at_the_same_place(models, tmp_path):
+  path = tmp_path / "words.model"
+  for number, name in enumerate(("padding", "begin")):
+    path.write_bytes(pathlib.Path(models[name]).read_bytes())
+    os.utime(path, (number, number))
+    assert tokenizer.load(str(path)).content == path.read_bytes()
 
 
 def test_that_of_the_digits():
