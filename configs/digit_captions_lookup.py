@@ -53,6 +53,7 @@ def get_config(arg=None):
   config.grids = [(2, 2), (3, 3), (4, 4)]
 
   config.optax_name = "adamw"
+  config.optax = dict(b2=0.95)
   config.grad_clip_norm = 1.0
   config.lr = 3e-3
   config.wd = 1e-4
@@ -87,7 +88,7 @@ def _classify(config, encoder):
   config.model.head_bias_init = -4.0
   config.num_classes = _PARTS
   config.loss = "sigmoid_xent"
-  config.total_epochs = 5.0
+  config.total_epochs = 6.0
   pp = (
     f"decode|value_range(-1,1)|onehot({_PARTS},'parts','labels')"
     "|keep('image','labels')"

@@ -105,7 +105,7 @@ def test_pixels_and_texts_never_change():
       rest = {k: v for k, v in example.items() if k != "image"}
       digest.update(json.dumps(rest).encode())
   assert digest.hexdigest() == (
-    "2e6c581effc6e1c72f7335cb8c32e9cc0feb906d052e402d197450f2486af1ef"
+    "7d25f15a2067d4a8fda67d5a83eefa7f5048aef387a0c86ba9cf0d73fa4dcb6f"
   )
 
 
@@ -146,25 +146,20 @@ def test_the_scene_is_in_the_pixels(split, glyphs, held_out):
   examples = held_out
   if split == "train":
     examples = [module.example("train", i) for i in range(0, 36000, 36)]
-  places = {0: [], 1: []}
+  places = []
   for example in examples:
     found = []
     for row, column, key, start in ink(example["image"]):
       [(size, digit, of_split, margin)] = glyphs[key]
       assert of_split == split
       found.append(D(digit, size, row, column))
-      places[size].append(np.subtract(start, margin))
+      places.append(np.subtract(start, margin))
     assert found == scene(example)
     assert example["parts"] == [
       40 * d.row + 20 * d.column + 10 * d.size + d.digit for d in found
     ]
-  assert not np.any(places[1])  # Large digits fill their cells.
-  starts = np.array(places[0])
-  assert not np.any(starts % 4)
-  # Small ones are in all corners, as often.
-  counts = np.bincount(starts @ [2, 1] // 4, minlength=4)
-  assert len(counts) == 4
-  assert stats.chisquare(counts).pvalue > 1e-3
+  # All begin where their cells do.
+  assert not np.any(places)
 
 
 def test_scenes_are_uniform(held_out):

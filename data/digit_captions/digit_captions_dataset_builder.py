@@ -46,8 +46,6 @@ SPLITS = {"train": 36_000, "test": 1_000}
 CELL = 16
 # Pixels of a digit, by the index in grammar.SIZES.
 PIXELS = (12, 16)
-# Of the places of small digits, in pixels.
-_LATTICE = 4
 PARTS = tuple(
   f"{size} {name} {row} {column}"
   for row in grammar.ROWS
@@ -109,11 +107,9 @@ def example(split: str, index: int) -> dict[str, Any]:
     row, column = divmod(cell, 2)
     i = int(rng.choice(ids[split]))
     size = int(rng.randint(2))
-    places = (CELL - PIXELS[size]) // _LATTICE + 1
-    offset = _LATTICE * rng.randint(places, size=2)
     digits.append(grammar.Digit(int(source.target[i]), size, row, column))
     glyphs.append(_upsample(i, PIXELS[size]))
-    corners.append((CELL * row + offset[0], CELL * column + offset[1]))
+    corners.append((CELL * row, CELL * column))
   number = index + (SPLITS["train"] if split == "test" else 0)
   return {
     "image": render(glyphs, corners),
