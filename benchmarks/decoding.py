@@ -4,14 +4,17 @@ r"""Seconds of writing captions: with keys and values remembered, and without.
         --config.model.dtype=float32 --batch_size=4
 
 The decoder of a config, with random parameters, reads the tokens of random
-images; no caption ends before `--length` ids. Compared are, with the tokens and
-their keys at hand, as encoding is measured by itself:
+images; no caption ends before `--length` ids. Encoding is measured by itself.
+Compared are
 
-    cached   `Captioner.step`: of each id only the newest is computed;
+    cached   `Captioner.step`: of each id only the newest is computed, and the
+             keys of the image's tokens once;
     padded   all `length` places are computed again for each id, as in a
              compiled loop shapes never change;
-    prefix   the ids so far are computed again, by a program of each length: the
-             least that is possible without a cache. Greedy decoding alone.
+    prefix   the ids so far are computed again, by a program of each length.
+             Greedy decoding alone.
+
+All compute logits at the newest id alone.
 
 All are measured in turn, over and over in one run; a ratio is of one round. All
 give the ids of `cached`, except where rounding decides: the share of captions
@@ -55,8 +58,8 @@ def _without_cache(model, params, length):
     batch, beams = newest.shape
     ids = ids.at[:, :, index].set(newest)
     every = jnp.repeat(memory, beams, axis=0)
-    logits = decode(ids.reshape(batch * beams, length), every)
-    return logits[:, index].reshape(batch, beams, -1), (ids, memory)
+    logits = decode(ids.reshape(batch * beams, length), every, index)
+    return logits.reshape(batch, beams, -1), (ids, memory)
 
   def reorder(cache, beams):
     ids, memory = cache
@@ -72,8 +75,26 @@ def _decoder(model, params):
     **{name: getattr(model, name) for name in names},
     cfg=layers.LayerConfig.of(model, False, ()),
   )
-  params = {"params": params["decoder"]}
-  return lambda ids, memory: decoder.apply(params, ids, memory)[0]
+  params = params["decoder"]
+  head = params["embedding"]["embedding"].T
+  if not model.tied:
+    head = params["head"]["kernel"]
+
+  def decode(ids, memory, index):
+    """Logits at a place."""
+    _, state = decoder.apply(
+      {"params": params},
+      ids,
+      memory,
+      capture_intermediates=lambda module, _: module.name == "norm",
+      mutable="intermediates",
+    )
+    (x,) = state["intermediates"]["norm"]["__call__"]
+    x = jax.lax.dynamic_index_in_dim(x, index, 1, keepdims=False)
+    logits = x.astype(jnp.float32) @ head
+    return logits if model.tied else logits + params["head"]["bias"]
+
+  return decode
 
 
 def ways(
@@ -118,7 +139,8 @@ def ways(
 
   @jax.jit
   def next_ids(params, ids, memory):
-    return jnp.argmax(_decoder(model, params)(ids, memory)[:, -1], axis=-1)
+    index = ids.shape[1] - 1
+    return jnp.argmax(_decoder(model, params)(ids, memory, index), axis=-1)
 
   def greedy_prefix(params, one, many, memory):
     del one, many

@@ -263,6 +263,21 @@ def load_params(workdir: str, step: int | None = None, sharding: Any = None):
     checkpoints.close()
 
 
+def _split_spec(spec):
+  """`WORKDIR` or `WORKDIR:STEP` as work directory and step, or None."""
+  match = re.fullmatch(r"(.+?)(?::(\d+))?", spec)
+  return match[1], match[2] and int(match[2])
+
+
+def read_config(spec: str) -> Any:
+  """The resolved config of `config.model_init`.
+
+  Raises:
+    ValueError: no such work directory.
+  """
+  return config_utils.read_workdir(_split_spec(spec)[0])
+
+
 def init_from(
   spec: str,
   params: Any,
@@ -291,8 +306,7 @@ def init_from(
     ValueError: no such checkpoint, or parameters that do not fit: names and
       shapes are listed.
   """
-  match = re.fullmatch(r"(.+?)(?::(\d+))?", spec)
-  workdir, step = match[1], match[2] and int(match[2])
+  workdir, step = _split_spec(spec)
   try:
     source, step, _ = load_params(workdir, step, sharding)
   except ValueError as e:

@@ -85,13 +85,12 @@ class Tokenizer:
 def load(path: str) -> Tokenizer:
   """A `Tokenizer`; of the same file the same one."""
   file = epath.Path(path).expanduser()
-  written = file.stat().mtime if path and file.is_file() else None
-  return _load(path, written)
+  return _load(path, file.read_bytes() if path and file.is_file() else None)
 
 
 @functools.lru_cache
-def _load(path, written):
-  del written  # Of another file at the same place.
+def _load(path, content):
+  del content  # Of another one at the same place.
   return Tokenizer(path)
 
 

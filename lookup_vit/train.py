@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import ml_collections
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from lookup_vit import (
@@ -34,7 +35,8 @@ from lookup_vit import (
   train_step,
 )
 from lookup_vit.analysis import summary
-from lookup_vit.models import inflation
+from lookup_vit.models import captioner, inflation
+from lookup_vit.preprocess import text_ops
 
 FLAGS = flags.FLAGS
 
@@ -74,7 +76,7 @@ def train_and_evaluate(
   """
   # What can be wrong is found first.
   config = config_utils.resolve(config)
-  words = tokenizer.of_config(config)
+  words = _tokenizer(config, workdir)
   train_step.build_model(config)
   data = config.input.data
   with config_utils.at_fault("config.input"):
@@ -94,6 +96,9 @@ def train_and_evaluate(
   check_classes(config, data, "config.input.data")
   evaluators = make_evaluators(program, config.evals)
   program.check_input(make_dataset(config, 0).element_spec, "config.input.pp")
+  for _, _, pp in sets if words else ():
+    with config_utils.at_fault("config.input.pp"):
+      text_ops.check_tokenizer(pp or config.input.pp, words)
 
   # The state that training starts from.
   store = checkpoints.Checkpoints(
@@ -190,6 +195,19 @@ def make_dataset(
     )
 
 
+def _tokenizer(config, workdir):
+  """That of a config; says where a copy is, if the file itself is gone."""
+  try:
+    return tokenizer.of_config(config)
+  except ValueError as e:
+    copy = epath.Path(tokenizer.of_workdir(workdir))
+    if epath.Path(config.tokenizer).expanduser().exists() or not copy.exists():
+      raise
+    raise ValueError(
+      f"{e} The work directory has a copy, {copy}: put that in its place."
+    ) from None
+
+
 def check_classes(
   config: ml_collections.ConfigDict, data: Any, field: str
 ) -> None:
@@ -217,10 +235,17 @@ def restore_or_init(
       steps[-1], program.state_shapes, program.state_shardings
     )
   state = program.init_state()
-  if program.config.model_init is None:
-    return state
   config = program.config
+  if config.model_init is None:
+    if getattr(program.model, "frozen", False):
+      log.warning(
+        "config.model_init is not set: the encoder is random, and as it is "
+        "frozen it stays so."
+      )
+    return state
   model = getattr(program.model, "encoder", program.model)
+  if getattr(program.model, "frozen", False):
+    check_encoder(config.model_init, model)
   params = checkpoints.init_from(
     config.model_init,
     parallel.gather(state.params, program.mesh),
@@ -230,6 +255,25 @@ def restore_or_init(
     inflation.contextualisation_scale(model, config.input.image_size),
   )
   return program.init_state(params)
+
+
+def check_encoder(spec: str, encoder: Any) -> None:
+  """Checks that a frozen encoder computes what it was trained to.
+
+  Args:
+    spec: `config.model_init`.
+    encoder: the captioner's.
+
+  Raises:
+    ValueError: fields of the model differ from those of the run that it starts
+      from; they are listed. Or there is no such run.
+  """
+  with config_utils.at_fault(f"config.model_init={spec!r}"):
+    trained = train_step.build_model(checkpoints.read_config(spec))
+    trained = getattr(trained, "encoder", trained)
+    wrong = captioner.differences(encoder, trained)
+    if wrong:
+      raise ValueError(f"the frozen encoder has {'; '.join(wrong)}.")
 
 
 def make_evaluators(

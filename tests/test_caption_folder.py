@@ -339,6 +339,7 @@ WITHOUT = [(i, f"{i}.jpg", ["x"] if i == 3 else []) for i in range(9)]
     (changed("images", id=True), ["images[0] is {'id': True"]),
     (changed("images", id=2**63), ["images[0] is "]),
     (changed("images", id=1.0), ["images[0] is "]),
+    (changed("annotations", caption="a \ud800"), ["annotations[0]"]),
     (changed("annotations", caption=None), ["annotations[0]", '"caption": s']),
     (
       changed("annotations", image_id=8),

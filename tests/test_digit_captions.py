@@ -281,10 +281,12 @@ def test_true_of_two(text):
   [
     ("a small three in the top left and a four in the bottom right", "names"),
     ("a large three in the top left and a five in the bottom right", "sizes"),
-    ("a three in the top right and a five in the bottom right", "places"),
-    ("a three in the bottom right and a five in the top left", "places"),
+    ("a three in the top right and a five in the bottom right",
+     "places relations"),
+    ("a three in the bottom right and a five in the top left",
+     "places relations"),
     ("a large three at the top right and a five at the bottom right",
-     "sizes places"),
+     "sizes places relations"),
     ("a three above a five", "relations"),
     ("a three to the left of a five", "relations"),
     ("a three below and to the right of a five", "relations"),
@@ -292,7 +294,7 @@ def test_true_of_two(text):
     ("a three in the top left", "count names"),
     ("a single three", "count names relations"),
     ("a three in the top left, a five in the bottom right and a five in the "
-     "bottom right", "count names places"),
+     "bottom right", "count names places relations"),
     ("there are three digits, a three in the top left and a five in the "
      "bottom right", "count"),
     ("there is one digit, a three in the top left and a five in the bottom "
@@ -320,7 +322,7 @@ def test_digits_of_one_name():
     ("a large three at the top left, a small three at the top right and a "
      "three at the bottom right", {"sizes"}),
     ("a three at the top left, a three at the top left and a three at the "
-     "bottom right", {"places"}),
+     "bottom right", {"places", "relations"}),
     ("a three above a three, which is above a three", {"relations"}),
     ("a large three to the left of a three, which is above a three", {"sizes"}),
   ):  # fmt: skip
@@ -405,6 +407,10 @@ def test_one_claim_that_is_false_is_found(held_out):
         comma = "," * words[i].endswith(",")
         changed = " ".join([*words[:i], word + comma, *words[i + 1 :]])
         keys = wrong(changed, digits)
+        if key == "places" and len(digits) > 1:
+          # With the place it is another relation.
+          assert "relations" in keys
+          keys -= {"relations"}
         if unique:
           assert keys == {key}, changed
         elif key == "relations":
@@ -430,10 +436,18 @@ def test_a_scene_with_one_change_is_told_from_it(held_out):
       for c in itertools.product(range(2), range(2))
       if c not in {(d.row, d.column) for d in digits}
     )
+    moved = {"places"}
+    for d in others:
+      before, after = (
+        np.sign(np.subtract(cell, (d.row, d.column))).tolist()
+        for cell in ((first.row, first.column), free)
+      )
+      if before != after:
+        moved.add("relations")
     for change, keys in (
       ({"digit": name}, {"names"}),
       ({"size": 1 - first.size}, {"sizes"}),
-      ({"row": free[0], "column": free[1]}, {"places"}),
+      ({"row": free[0], "column": free[1]}, moved),
     ):
       assert wrong(text, [first._replace(**change), *others]) == keys
     more = [*digits, D(name, 0, *free)]
@@ -581,6 +595,18 @@ def test_program(tmp_path, held_out):
   status, out, _ = run(path)
   assert status == 0
   assert out == check.table(check.shares(captions)) + "\n"
+
+  other = tmp_path / "other.json"
+  caption_files.write_results(other, {**captions, 36007: "a dog"})
+  status, out, _ = run(f"{path},{other}")
+  assert status == 0
+  head, _, *lines = out.splitlines()
+  assert head.startswith("| results | scenes | grammatical |")
+  shown = {str(path): "100.0", str(other): "99.9", "mean": "100.0"}
+  assert lines == [
+    f"| {name} | 1000 |" + f" {share} |" * len(grammar.KEYS)
+    for name, share in shown.items()
+  ]
 
   del captions[36999]
   caption_files.write_results(path, captions)

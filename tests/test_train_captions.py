@@ -59,7 +59,9 @@ def of_captioner(data_dir, encoder, words, **fields):
   config = config_utils.load(f"configs/digit_captions_lookup.py:{spec}")
   shrink(config, data_dir, **fields)
   config.model.update(depth=1, max_length=LENGTH)
-  config.input.pp = config.input.pp.replace(f"{words!r},32", f"{words!r},14")
+  made = f"{words!r},24"
+  assert made in config.input.pp
+  config.input.pp = config.input.pp.replace(made, f"{words!r},{LENGTH}")
   config.evals.test.update(
     data=dict(config.input.data) | dict(split="test[:3]"),
     beams=1,
@@ -95,7 +97,6 @@ def run(tmp_path_factory):
 @pytest.fixture
 def copy(run, tmp_path):
   """A config, its tokenizer and its work directory that a test may change."""
-  tokenizer.load.cache_clear()
   config, workdir, *_ = run
   target = str(tmp_path / "run")
   shutil.copytree(workdir, target)
@@ -103,7 +104,6 @@ def copy(run, tmp_path):
   content = own.read_bytes()
   yield config, target
   own.write_bytes(content)
-  tokenizer.load.cache_clear()
 
 
 def other_tokenizer(size):
@@ -212,6 +212,29 @@ def test_an_encoder_that_does_not_fit(run):
     checkpoints.init_from(encoder, params | dict(encoder=wide), False)
 
 
+def test_a_frozen_encoder_that_computes_something_else(run, tmp_path):
+  config, *_ = run
+  other = config.copy_and_resolve_references()
+  other.model.encoder.num_heads = 4
+  other.model.encoder.dropout = 0.1  # Of its training alone.
+  with pytest.raises(ValueError, match="num_heads=4, but.*num_heads=2") as e:
+    train.train_and_evaluate(other, str(tmp_path / "new"))
+  assert str(e.value).startswith("config.model_init=")
+  assert "dropout" not in str(e.value)
+
+
+def test_a_random_encoder_is_told_of(run, tmp_path, caplog):
+  config, *_ = run
+  for frozen, said in ((True, 1), (False, 0)):
+    other = config_utils.resolve(config)
+    other.num_classes = SIZE
+    other.model.frozen, other.model_init = frozen, None
+    program = train_step.Program(other, STEPS)
+    caplog.clear()
+    train.restore_or_init(program, checkpoints.Checkpoints(str(tmp_path)))
+    assert caplog.text.count("config.model_init is not set") == said
+
+
 # Other tokenizers than that of the training.
 
 
@@ -258,6 +281,30 @@ def test_a_config_with_another_tokenizer(copy, tmp_path):
   assert not (tmp_path / "new").exists()
 
 
+def test_training_by_another_tokenizer_than_reading(copy, tmp_path):
+  """One of as many pieces, of which the op-string does not know."""
+  config, _ = copy
+  path = tmp_path / "other.model"
+  data = config.input.data.to_dict()
+  captions = train_tokenizer.captions_of(data, "captions/text", True)
+  path.write_bytes(train_tokenizer.train(captions, SIZE, "bpe"))
+  other = config.copy_and_resolve_references()
+  other.tokenizer = str(path)
+  with pytest.raises(ValueError, match="config.input.pp.* is another one") as e:
+    train.train_and_evaluate(other, str(tmp_path / "new"))
+  assert repr(str(path)) in str(e.value)
+  assert repr(config.tokenizer) in str(e.value)
+  assert not (tmp_path / "new").exists()
+
+
+def test_the_tokenizer_s_file_is_gone(copy):
+  config, workdir = copy
+  pathlib.Path(config.tokenizer).unlink()
+  with pytest.raises(ValueError, match="no such file.*has a copy") as e:
+    train.train_and_evaluate(config, workdir)
+  assert tokenizer.of_workdir(workdir) in str(e.value)
+
+
 def test_the_work_directory_s_tokenizer_is_another_one(copy):
   config, workdir = copy
   own = pathlib.Path(tokenizer.of_workdir(workdir))
@@ -273,7 +320,6 @@ def test_the_work_directory_s_tokenizer_is_another_one(copy):
     (own.unlink, "config.tokenizer: .*no such file"),
   ):
     damage()
-    tokenizer.load.cache_clear()
     with pytest.raises(ValueError, match=match) as e:
       evaluate.evaluate(workdir)
     assert str(own) in str(e.value)

@@ -119,7 +119,7 @@ def _rows(path, content, key, **fields):
     values = [row.get(k) for k in fields] if isinstance(row, dict) else [None]
     # A boolean is an int to Python, and TFDS has 64 bits.
     if not all(
-      type(v) is t and (t is str or abs(v) < 2**63)
+      type(v) is t and (_is_utf8(v) if t is str else abs(v) < 2**63)
       for v, t in zip(values, fields.values(), strict=False)
     ):
       shown = repr(row)
@@ -127,6 +127,15 @@ def _rows(path, content, key, **fields):
       raise ValueError(f"{path}: {key}[{number}] is {shown}; {wanted}")
     found.append(values)
   return found
+
+
+def _is_utf8(text):
+  """Whether it is without lone surrogates, which JSON may have."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
 
 
 def _is_below(name):

@@ -4,13 +4,16 @@ python -m data.digit_captions.check --results=workdirs/RUN/captions.json
 
 The file is one of COCO's results: a JSON list of {"image_id": 36000,
 "caption": "a small three in the top left"}, one for each image of the split.
+Of several, `--results=A,B`, the table has a row of each, over all scenes, and
+their mean.
 """
 
+import statistics
 from collections.abc import Mapping
 
 from absl import flags
 
-from lookup_vit import cli, quiet_tensorflow  # noqa: F401
+from lookup_vit import cli, config_utils, quiet_tensorflow  # noqa: F401
 from lookup_vit.analysis import caption_files
 
 # isort: split
@@ -30,7 +33,7 @@ def shares(
     split: `train` or `test`.
 
   Returns:
-    For "all" scenes, and for those of "1", "2" and "3" digits, the number of
+    For "all" scenes, and for those of "1" and "2" digits, the number of
     `scenes` and, for each of `grammar.KEYS`, the share of them in which
     it is right.
 
@@ -76,30 +79,39 @@ def _some(ids):
   return ", ".join(map(str, ids[:5])) + ", ..." * (len(ids) > 5)
 
 
-def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+def table(rows: Mapping[str, Mapping[str, float]], what: str = "digits") -> str:
   """What `shares` returns as a table, in Markdown and in percent."""
   lines = [
-    f"| digits | scenes | {' | '.join(grammar.KEYS)} |",
+    f"| {what} | scenes | {' | '.join(grammar.KEYS)} |",
     "|---" * (len(grammar.KEYS) + 2) + "|",
   ]
   for group, row in rows.items():
     cells = [f"{100 * row[key]:.1f}" for key in grammar.KEYS]
-    lines.append(f"| {group} | {row['scenes']} | {' | '.join(cells)} |")
+    lines.append(f"| {group} | {row['scenes']:.0f} | {' | '.join(cells)} |")
   return "\n".join(lines)
 
 
 def main(argv):
-  """Prints the table of a file of results."""
+  """Prints the table of files of results."""
   del argv
-  captions = caption_files.read_results(FLAGS.results)
-  try:
-    rows = shares(captions, FLAGS.split)
-  except ValueError as e:
-    raise ValueError(f"{FLAGS.results}: {e}") from None
-  print(table(rows))
+  found = {}
+  for path in FLAGS.results:
+    captions = caption_files.read_results(path)
+    with config_utils.at_fault(path):
+      found[path] = shares(captions, FLAGS.split)
+  if len(found) == 1:
+    (rows,) = found.values()
+    print(table(rows))
+    return
+  rows = {path: groups["all"] for path, groups in found.items()}
+  names = ("scenes", *grammar.KEYS)
+  rows["mean"] = {
+    name: statistics.fmean(row[name] for row in rows.values()) for name in names
+  }
+  print(table(rows, "results"))
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("results", None, "The COCO results.", required=True)
+  flags.DEFINE_list("results", None, "COCO results.", required=True)
   flags.DEFINE_enum("split", "test", list(scenes.SPLITS), "Of which images.")
   cli.run(main)

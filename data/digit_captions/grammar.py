@@ -279,8 +279,8 @@ def check(text: str, digits: Sequence[Digit]) -> dict[str, bool]:
       names: the names are those of the digits, each as often.
       sizes: every size that is stated is true.
       places: every absolute place that is stated is true.
-      relations: every relation that is stated is true, and every digit that is
-        named has a place or a relation.
+      relations: every relation that is stated, or follows from the places of
+        two digits, is true, and every digit that is named has one or the other.
       all: all of these.
   """
   claims = parse(text)
@@ -321,6 +321,15 @@ def _assignments(
     yield tuple(owner.get(i) for i in range(len(mentions)))
 
 
+def _implied(mentions):
+  """Relations of all pairs of mentions that have a place."""
+  placed = [
+    (i, Digit(m.name, 0, *m.place)) for i, m in enumerate(mentions) if m.place
+  ]
+  for (i, a), (j, b) in itertools.combinations(placed, 2):
+    yield i, j, relation(a, b)
+
+
 def _judge(claims, assigned):
   """The truth of each claim, by kind, where mentions mean these digits."""
   pairs = list(zip(claims.mentions, assigned, strict=True))
@@ -337,6 +346,6 @@ def _judge(claims, assigned):
     "relations": [
       None not in (assigned[i], assigned[j])
       and relation(assigned[i], assigned[j]) == sign
-      for i, j, sign in claims.relations
+      for i, j, sign in (*claims.relations, *_implied(claims.mentions))
     ],
   }

@@ -1,7 +1,7 @@
 r"""Scores of captions: BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
 
 python -m lookup_vit.analysis.caption_scores \
-        --results=captions.json --references=captions_val2014.json
+        --results=captions_test.json --references=references_test.json
 
 Both files are as COCO has them, and as a captioner's evaluation leaves them in
 its work directory. `--leave_one_out` says how near captions come to what people
@@ -258,6 +258,16 @@ def _check_same_images(references, captions):
     raise ValueError(
       f"Captions and references are not of the same images: {'; '.join(said)}."
     )
+
+
+def check_references(references: References) -> None:
+  """Checks that references can be scored against; remembers their tokens.
+
+  Raises:
+    ValueError: there are none, an image has none that hold a word, or Java
+      fails.
+  """
+  _reference_tokens(references, least=1)
 
 
 def _reference_tokens(references, least) -> _Tokens:

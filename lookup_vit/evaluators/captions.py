@@ -1,6 +1,7 @@
 """Captions of a whole split, scored as COCO's are, at every compressed grid."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -84,6 +85,8 @@ class Evaluator:
     self.words = tokenizer.load(config.tokenizer)
     self.grids = shared.check_grids(program, name, grids)
     self.beams = _positive(f"{where}.beams", beams)
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+      raise ValueError(f"{where}.alpha={alpha!r}: want a number.")
     self.alpha = alpha
     longest = program.model.max_length
     length = longest if max_length is None else max_length
@@ -95,12 +98,16 @@ class Evaluator:
     self.metrics = tuple(metrics or caption_scores.DEFAULT)
     with config_utils.at_fault(f"{where}.metrics"):
       caption_scores.check(self.metrics)
+    if isinstance(images, bool) or not isinstance(images, int) or images < 0:
+      raise ValueError(f"{where}.images={images!r}: want an integer >= 0.")
     self.shown = images
     self.dataset, self.count, self.batch_size = shared.make_batches(
       program, name, data, pp_fn, batch_size
     )
     program.check_images(self.dataset.element_spec, f"{where}.pp_fn")
     self.references = _references(data, references, image_id)
+    with config_utils.at_fault(f"{where}.data"):
+      caption_scores.check_references(self.references)
     self._write = program.compile(
       self._captions, parallel.replicated(program.mesh), static_argnums=2
     )
@@ -147,7 +154,8 @@ class Evaluator:
       check()
       missing = self.shown - len(pictures)
       if missing > 0:
-        pictures.extend(np.array(batch["image"][:missing]))
+        real = np.asarray(batch["_mask"]) > 0
+        pictures.extend(np.array(batch["image"])[real][:missing])
       images = parallel.put_batch(batch["image"], self.program.mesh)
       places = input_pipeline.eval_places(
         len(ids), self.batch_size, number, jax.process_count()
@@ -167,26 +175,27 @@ class Evaluator:
       where = "/".join([self.name, *parts])
       captions = {i: self.words.decode(row) for i, row in rows.items()}
       log.info("%s: scoring %d captions.", where, len(captions))
+      file = "_".join(["captions", self.name, *parts])
+      if workdir is not None:
+        folder = config_utils.workdir_path(workdir)
+        caption_files.write_results(folder / f"{file}.json", captions)
       scores = caption_scores.score(self.references, captions, self.metrics)
       if workdir is not None:
-        file = "_".join(["captions", self.name, *parts])
-        self._leave(workdir, file, captions, scores, pictures)
+        self._show(folder / f"{file}.html", captions, scores, pictures)
       unfinished = [self.words.end not in row for row in rows.values()]
       means = {**scores.means, "unfinished": float(np.mean(unfinished))}
       for metric, value in means.items():
         yield f"{where}/{metric}", value
 
-  def _leave(self, workdir, file, captions, scores, pictures):
-    """Writes the captions of a grid into the work directory."""
-    folder = config_utils.workdir_path(workdir)
-    caption_files.write_results(folder / f"{file}.json", captions)
+  def _show(self, path, captions, scores, pictures):
+    """Writes the page of a grid."""
     rows = [
       caption_sheet.Row(
         image, i, captions[i], self.references[i], scores.each[i]
       )
       for image, i in zip(pictures, self.references, strict=False)
     ]
-    caption_sheet.write(folder / f"{file}.html", rows)
+    caption_sheet.write(path, rows)
 
 
 def _positive(field, value):

@@ -15,6 +15,7 @@ big_vision (configs/proj/cappa; arXiv:2306.07915): as wide as the encoder, half
 as deep, 64 positions.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -375,6 +376,40 @@ class LookupCaptioner(Captioner):
   def lookup_grid(self, image_size: Sequence[int]) -> tokens.Grid:
     """See `LookupViT.lookup_grid`."""
     return self.encoder.lookup_grid(image_size)
+
+
+# Fields that say how a model is trained or compiled, and at which grid, and not
+# what it computes; and the patch, which parameters have.
+_OF_TRAINING = (
+  *("num_classes", "head_bias_init", "grid", "scan", "remat_policy"),
+  *("dtype", "attention", "dropout", "attention_dropout", "stochastic_depth"),
+  *("patch_size", "parent", "name"),
+)
+
+
+def differences(encoder: nn.Module, trained: nn.Module) -> list[str]:
+  """In what an encoder computes something else than one that was trained.
+
+  Args:
+    encoder: as it is to be used.
+    trained: the model of the run that its parameters are of.
+
+  Returns:
+    Fields and both values. Of models of different kinds nothing: parameters of
+    one do not fit the other.
+  """
+  if type(encoder) is not type(trained):
+    return []
+  pairs = {
+    field.name: (getattr(encoder, field.name), getattr(trained, field.name))
+    for field in dataclasses.fields(encoder)
+    if field.name not in _OF_TRAINING
+  }
+  return [
+    f"{name}={new!r}, but was trained with {name}={old!r}"
+    for name, (new, old) in pairs.items()
+    if new != old
+  ]
 
 
 _CLASSES = {"lookup_vit": LookupCaptioner, "vit": Captioner}

@@ -102,7 +102,7 @@ def get_preprocess_fn(pp: str) -> PreprocessFn:
     ValueError: if an op is malformed or unknown, or its arguments do not fit;
       by the function, if an op misses a key in the data.
   """
-  segments = [s for s in (part.strip() for part in pp.split("|")) if s]
+  segments = _segments(pp)
 
   def name_op(i):
     return (
@@ -130,6 +130,19 @@ def get_preprocess_fn(pp: str) -> PreprocessFn:
     return data
 
   return preprocess
+
+
+def calls(pp: str, name: str) -> list[inspect.BoundArguments]:
+  """The arguments of all calls of an op in a string that can be built."""
+  signature = inspect.signature(_OPS[name])
+  parsed = map(_parse_call, _segments(pp))
+  return [
+    signature.bind(*args, **kwargs) for op, args, kwargs in parsed if op == name
+  ]
+
+
+def _segments(pp):
+  return [s for s in (part.strip() for part in pp.split("|")) if s]
 
 
 def _make_op(segment: str) -> PreprocessFn:

@@ -4,7 +4,12 @@ import numpy as np
 import tensorflow as tf
 
 from lookup_vit import tokenizer
-from lookup_vit.preprocess.registry import Data, PreprocessFn, register
+from lookup_vit.preprocess.registry import (
+  Data,
+  PreprocessFn,
+  calls,
+  register,
+)
 
 
 @register("lower")
@@ -78,3 +83,22 @@ def tokenize(
     }
 
   return fn
+
+
+def check_tokenizer(pp: str, words: tokenizer.Tokenizer) -> None:
+  """Checks that captions become ids by the tokenizer that reads them.
+
+  Args:
+    pp: op-string that can be built.
+    words: the config's tokenizer.
+
+  Raises:
+    ValueError: the string has `tokenize` with another one.
+  """
+  for call in calls(pp, "tokenize"):
+    path = call.arguments["model"]
+    if tokenizer.load(path).content != words.content:
+      raise ValueError(
+        f"{pp!r} makes ids with {path!r}, but config.tokenizer="
+        f"{words.path!r} is another one."
+      )

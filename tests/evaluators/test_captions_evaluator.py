@@ -5,6 +5,7 @@ import functools
 import html
 import json
 import os
+import pathlib
 import re
 import socket
 
@@ -250,7 +251,9 @@ def test_page(of_four, captions_of, references, folder):
       assert f"<p>{html.escape(captions[i])}</p>" in figure
       items = re.findall("<li>(.*?)</li>", figure, re.DOTALL)
       assert items == [html.escape(r) for r in references[i]]
-  assert len(os.listdir(workdir)) == 4
+  path = os.path.join(workdir, "references_val.json")
+  assert caption_files.read_references(path) == references
+  assert len(os.listdir(workdir)) == 5
 
 
 def test_batch_size_does_not_matter(program, params, folder, of_four, tmp_path):
@@ -299,6 +302,12 @@ def test_devices_do_not_matter(folder, of_four, tmp_path):
   want = {k: v for k, v in want.items() if "/1x2/" in k}
   assert json.loads((tmp_path / "metrics_0.json").read_text()) == want
   assert written(tmp_path, "val_1x2") == written(workdir, "val_1x2")
+  # No padding is among the images.
+  page, wanted = (
+    pathlib.Path(folder, "captions_val_1x2.html").read_text()
+    for folder in (tmp_path, workdir)
+  )
+  assert page == wanted
   # The first process alone has them.
   assert json.loads((tmp_path / "metrics_1.json").read_text()) == {}
 
@@ -361,6 +370,18 @@ def test_no_work_directory(
   assert not os.listdir(tmp_path)
 
 
+def test_captions_are_kept_where_scoring_fails(
+  program, params, folder, of_four, monkeypatch, tmp_path
+):
+  def fail(*args):
+    raise ValueError("Java failed.")
+
+  monkeypatch.setattr(caption_scores, "score", fail)
+  with pytest.raises(ValueError, match="Java failed"):
+    evaluate(program, params, folder, tmp_path, grids=[(1, 2)])
+  assert written(tmp_path, "val_1x2") == written(of_four[1], "val_1x2")
+
+
 def test_defaults(program, folder):
   evaluator = Evaluator(program, "val", data=data_of(folder), pp_fn=PP)
   assert evaluator.metrics == caption_scores.DEFAULT
@@ -382,6 +403,9 @@ def test_defaults(program, folder):
       dict(max_length=LENGTH + 1),
       ["config.evals.val.max_length=9", f"the decoder has {LENGTH}"],
     ),
+    (dict(alpha="0.6"), ["config.evals.val.alpha='0.6'"]),
+    (dict(alpha=float("nan")), ["config.evals.val.alpha=nan"]),
+    (dict(images=-1), ["config.evals.val.images=-1"]),
     (dict(max_length=0), ["config.evals.val.max_length=0", ">= 1"]),
     (dict(max_length=-1), ["config.evals.val.max_length=-1"]),
     (
@@ -417,6 +441,7 @@ def test_errors(program, folder, fields, words):
   [
     ({"captions": []}, "image/id 12 has no references"),
     ({"captions": [dict(id=1, text=" \n")]}, "image/id 12 has no references"),
+    ({"captions": [dict(id=1, text=".")]}, "Image 12 has 0 references that"),
     ({"image/id": 11}, "image/id 11 comes twice"),
   ],
 )
