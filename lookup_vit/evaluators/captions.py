@@ -148,18 +148,18 @@ class Evaluator:
     """
     ids = list(self.references)
     found = {grid: {} for grid in self.grids}
-    pictures = []
+    pictures = {}  # By image; of this process's share.
     batches = shared.progress(self.batches(), self.count, self.name)
     for number, batch in enumerate(batches):
       check()
-      missing = self.shown - len(pictures)
-      if missing > 0:
-        real = np.asarray(batch["_mask"]) > 0
-        pictures.extend(np.array(batch["image"])[real][:missing])
       images = parallel.put_batch(batch["image"], self.program.mesh)
       places = input_pipeline.eval_places(
         len(ids), self.batch_size, number, jax.process_count()
       )
+      # The first process, which shows them, has the first places.
+      for place, image in zip(places.tolist(), batch["image"], strict=False):
+        if place >= 0 and len(pictures) < self.shown:
+          pictures[ids[place]] = np.array(image)
       for grid, captions in found.items():
         rows = np.asarray(self._write(params, images, grid))
         for place, row in zip(places.tolist(), rows, strict=True):
@@ -193,7 +193,7 @@ class Evaluator:
       caption_sheet.Row(
         image, i, captions[i], self.references[i], scores.each[i]
       )
-      for image, i in zip(pictures, self.references, strict=False)
+      for i, image in pictures.items()
     ]
     caption_sheet.write(path, rows)
 
