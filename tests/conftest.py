@@ -40,12 +40,22 @@ _LONG = ("programs", "train", "meshes", "resume", "checkpoints", "dryrun")
 def pytest_addoption(parser):
   """Adds `--full`."""
   parser.addoption(
-    "--full", action="store_true", help="test_meshes.py: at the whole config"
+    "--full",
+    action="store_true",
+    help="test_meshes.py at the whole config and tests marked `full`, alone",
   )
 
 
-def pytest_collection_modifyitems(items):
-  """Sorts the tests of all files, and leaves those of a file in their order."""
+def pytest_collection_modifyitems(config, items):
+  """Selects by `--full`; sorts files, and leaves the order within a file."""
+  full = config.getoption("--full")
+
+  def is_chosen(item):
+    marked = item.get_closest_marker("full") is not None
+    return marked or item.path.name == "test_meshes.py" if full else not marked
+
+  config.hook.pytest_deselected(items=[i for i in items if not is_chosen(i)])
+  items[:] = filter(is_chosen, items)
   names = [f"test_{name}.py" for name in _LONG]
 
   def place(item):

@@ -24,6 +24,12 @@ def _python(*args, **kwargs):
   )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_scenes():
+  """As many as the small runs read, where these look for them."""
+  small.digit_captions(os.environ["TFDS_DATA_DIR"])
+
+
 @pytest.fixture(scope="module")
 def in21k(tmp_path_factory):
   workdir = str(tmp_path_factory.mktemp("in21k_lookup_b"))

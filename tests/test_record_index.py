@@ -245,6 +245,7 @@ def run_command(path, env, data, evaluation):
   return done.returncode, done.stderr.strip().splitlines()
 
 
+@pytest.mark.full
 def test_training_from_a_bucket(tmp_path):
   """Same batches as from a local disk; bytes within bounds, by an index."""
   local = sources.build_numbers(tmp_path / "root", 1030, 20)
