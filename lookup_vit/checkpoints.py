@@ -62,6 +62,11 @@ def write_config(workdir: str, config: Mapping[str, Any]) -> None:
     part.replace(workdir / _CONFIG)
 
 
+def checksums(tree: Any) -> list[int]:
+  """A number for each array of a tree, of its bits and their places."""
+  return [int(s) for s in _checksums(tree)]
+
+
 @jax.jit
 def _checksums(tree):
   """A uint32 for each array, of its bits and their places.
@@ -143,7 +148,7 @@ class Checkpoints:
   def save(self, step: int, state: Any) -> None:
     """Starts to write a checkpoint; returns once the state may be donated."""
     parts = _parts(state)
-    sums = {k: [int(s) for s in _checksums(v)] for k, v in parts.items()}
+    sums = {k: checksums(v) for k, v in parts.items()}
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -210,7 +215,7 @@ class Checkpoints:
     except Exception as e:  # Orbax raises many kinds.
       raise self._damaged(step, e) from e
     for name in targets:
-      if [int(s) for s in _checksums(restored[name])] != sums[name]:
+      if checksums(restored[name]) != sums[name]:
         raise self._damaged(step, f"the checksums of {name} differ")
     return {name: restored[name] for name in targets}
 
@@ -238,6 +243,25 @@ class Checkpoints:
     self._manager.close()
 
 
+def check(workdir: str, step: int | None = None) -> None:
+  """Raises ValueError where a work directory has no checkpoint of the step."""
+  checkpoints = Checkpoints(workdir, read_only=True)
+  try:
+    _find(workdir, checkpoints, step)
+  finally:
+    checkpoints.close()
+
+
+def _find(workdir, checkpoints, step):
+  steps = checkpoints.steps()
+  if not steps:
+    raise ValueError(f"{workdir} has no checkpoint.")
+  step = steps[-1] if step is None else step
+  if step not in steps:
+    raise ValueError(f"{workdir} has no checkpoint {step}, only {steps}.")
+  return step
+
+
 def load_params(workdir: str, step: int | None = None, sharding: Any = None):
   """Parameters of a work directory's checkpoint (the newest: no step given).
 
@@ -252,12 +276,7 @@ def load_params(workdir: str, step: int | None = None, sharding: Any = None):
   config = config_utils.read_workdir(workdir)
   checkpoints = Checkpoints(workdir, read_only=True)
   try:
-    steps = checkpoints.steps()
-    if not steps:
-      raise ValueError(f"{workdir} has no checkpoint.")
-    step = steps[-1] if step is None else step
-    if step not in steps:
-      raise ValueError(f"{workdir} has no checkpoint {step}, only {steps}.")
+    step = _find(workdir, checkpoints, step)
     return checkpoints.restore_params(step, sharding), step, config
   finally:
     checkpoints.close()

@@ -5,6 +5,7 @@ Descriptions are those of `descriptions.py`.
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import inspect
 import io
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from concurrent import futures
 from typing import Any
 
 from lookup_vit import damage, descriptions, quiet_tensorflow  # noqa: F401
@@ -264,6 +266,32 @@ def files(builder, data) -> dict[str, list[tuple[str, int]]]:
     paths = map(str, info.filepaths)
     splits[name] = list(zip(paths, info.shard_lengths, strict=True))
   return splits
+
+
+def fingerprint(data: Mapping[str, Any]) -> str:
+  """Returns a digest of the split's files: of paths, sizes, and times.
+
+  Args:
+    data: a data description.
+
+  Raises:
+    ValueError: if the data or the split are not there, or broken.
+  """
+  data = descriptions.check(data)
+  builder = get_builder(data)
+  if descriptions.is_image_folder(data):
+    paths = [path for path, _ in folder_examples(builder, data)]
+  else:
+    of_splits = files(builder, data).values()
+    paths = [path for of_split in of_splits for path, _ in of_split]
+
+  def look(path):
+    stat = tf.io.gfile.stat(path)
+    return path, stat.length, stat.mtime_nsec
+
+  with futures.ThreadPoolExecutor(16) as pool:
+    found = [data.get("split"), *pool.map(look, paths)]
+  return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def folder_examples(builder, data) -> list[tuple[str, int]]:

@@ -1,13 +1,23 @@
-r"""Reloads a work directory's checkpoint and repeats its evaluation.
+r"""Evaluates a work directory's checkpoint, as in training or otherwise.
 
 python -m lookup_vit.evaluate --workdir=workdirs/digits_lookup
+python -m lookup_vit.evaluate --workdir=workdirs/digits_lookup \
+    --evals=test,linear_probe,few_shot,knn --grid=3x3,4x4
+
+`--evals` lists what to run: evaluators of the run's config by their names;
+types (files of `lookup_vit/evaluators`), on the data of the config's first
+evaluator, with the fields that they have by default; or `FILE.py[:ARGS]`, whose
+`get_config` returns evaluators by name, as `config.evals` has them.
 """
 
 import json
-from collections.abc import Callable
+import logging
+import pkgutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import ml_collections
 from absl import flags
 
 from lookup_vit import (
@@ -15,6 +25,7 @@ from lookup_vit import (
   cli,
   config_utils,
   distributed,
+  evaluators,
   parallel,
   tokenizer,
   train,
@@ -24,14 +35,21 @@ from lookup_vit.analysis import accuracy_vs_flops, summary
 
 FLAGS = flags.FLAGS
 
+log = logging.getLogger("lookup_vit")
+
+# What evaluators share, and no evaluator itself.
+_PARTS = ("features", "shared")
+
 
 def evaluate(
   workdir: str,
   step: int | None = None,
   batch_size: int | None = None,
   lay_out: Callable[[Any], None] = lambda config: None,
+  evals: Sequence[str] = (),
+  grids: Sequence[tuple[int, ...]] = (),
 ) -> list[dict[str, Any]]:
-  """Runs the evaluators of a work directory's config on a checkpoint.
+  """Runs evaluators on a work directory's checkpoint.
 
   Args:
     workdir: of a training run.
@@ -39,18 +57,22 @@ def evaluate(
     batch_size: global; that of the config where none is given.
     lay_out: sets `mesh` and `sharding` of the config; by default parameters are
       whole on every device, and batches are split over all of them.
+    evals: what to run, see above; all evaluators of the config if empty.
+    grids: compressed grids; those of each evaluator if empty.
 
   Returns:
-    The rows of results (see `analysis.summary.results`), which are written to
-    `evaluation_STEP.json` too.
+    The rows of results (see `analysis.summary.results`). They are written to
+    `evaluation_STEP.json` too, over those of the same names and grids there.
 
   Raises:
     ValueError: no work directory, no such checkpoint, a damaged one, no
-      evaluator in the config, or another tokenizer than that of the training.
+      such evaluator or grid, or another tokenizer than that of the training.
   """
   config = config_utils.read_workdir(workdir)
-  if not config.evals:
+  checkpoints.check(workdir, step)
+  if not config.evals and not evals:
     raise ValueError(f"The config of {workdir} names no evaluators.")
+  config.evals = choose(config, evals)
   # The devices that are here, not those of the training.
   config.mesh, config.sharding = [("data", -1)], "replicated"
   lay_out(config)
@@ -65,19 +87,89 @@ def evaluate(
     config.tokenizer = tokenizer.of_workdir(workdir)
     tokenizer.of_config(config)
   program = train_step.Program(config, config.total_steps)
-  evaluators = train.make_evaluators(program, config.evals)
+  if grids:
+    _set_grids(program, grids)
+  chosen = train.make_evaluators(program, config.evals)
   params, step, _ = checkpoints.load_params(
     workdir, step, program.state_shardings.params
   )
   metrics = {}
-  for evaluator, _ in evaluators.values():
+  for evaluator, _ in chosen.values():
     metrics.update(evaluator.run(params, workdir=workdir))
   rows = summary.results(program, metrics)
   if jax.process_index() != 0:
     return rows
   path = config_utils.workdir_path(workdir) / f"evaluation_{step}.json"
-  path.write_text(json.dumps(rows, indent=2))
+  new = {(row["split"], row["grid"]) for row in rows}
+  kept = json.loads(path.read_text()) if path.exists() else []
+  kept = [row for row in kept if (row["split"], row["grid"]) not in new]
+  path.write_text(json.dumps(kept + rows, indent=2))
   return rows
+
+
+def choose(
+  config: ml_collections.ConfigDict, evals: Sequence[str]
+) -> ml_collections.ConfigDict:
+  """Evaluators by name, as `config.evals` has them.
+
+  Args:
+    config: of a run, resolved.
+    evals: names, types, or files; all of the config if empty.
+
+  Raises:
+    ValueError: there is no such evaluator, two have the same name, or a type
+      that finds no data in the config.
+  """
+  if not evals:
+    return config.evals
+  chosen = ml_collections.ConfigDict()
+  types = [m.name for m in pkgutil.iter_modules(evaluators.__path__)]
+  types = [name for name in types if name not in _PARTS]
+  for item in evals:
+    if item in config.evals:
+      found = {item: config.evals[item]}
+    elif item in types:
+      found = {item: _by_default(config, item)}
+    elif ".py" in item:
+      with config_utils.at_fault(f"--evals={item}"):
+        found = config_utils.load(item)
+    else:
+      raise ValueError(
+        f"--evals={item}: the config has {', '.join(config.evals) or 'none'}; "
+        f"types are {', '.join(types)}; or want FILE.py[:ARGS]."
+      )
+    for name, fields in found.items():
+      if name in chosen:
+        raise ValueError(f"--evals: there are two evaluators {name!r}.")
+      chosen[name] = fields
+  return chosen
+
+
+def _by_default(config, kind):
+  """An evaluator of a type, on the data of the config's first one."""
+  for fields in config.evals.values():
+    if "data" in fields and "pp_fn" in fields:
+      names = ("data", "pp_fn", "batch_size")
+      same = {name: fields[name] for name in names if name in fields}
+      return ml_collections.ConfigDict(dict(type=kind, **same))
+  raise ValueError(
+    f"--evals={kind}: the config has no evaluator whose data it could take; "
+    "want a file, FILE.py[:ARGS], that describes it."
+  )
+
+
+def _set_grids(program, grids):
+  """Lets all evaluators run at grids; tells of those that are new."""
+  if program.grids == [None]:
+    raise ValueError("--grid: the model has no compressed grid.")
+  new = [config_utils.format_grid(g) for g in grids if g not in program.grids]
+  if new:
+    trained = ", ".join(map(config_utils.format_grid, program.grids))
+    log.info(
+      "%s: the model was trained at %s, not at this.", ", ".join(new), trained
+    )
+  for fields in program.config.evals.values():
+    fields.grids = list(grids)
 
 
 def main(argv):
@@ -85,13 +177,20 @@ def main(argv):
   del argv
   distributed.initialize_by_flags()
   lay_out = parallel.lay_out_by_flags
-  rows = evaluate(FLAGS.workdir, FLAGS.step, FLAGS.batch_size, lay_out)
+  with config_utils.at_fault("--grid"):
+    grids = [config_utils.parse_grid(text) for text in FLAGS.grid]
+  rows = evaluate(
+    *(FLAGS.workdir, FLAGS.step, FLAGS.batch_size, lay_out),
+    *(FLAGS.evals, grids),
+  )
   if jax.process_index() == 0:
     print(accuracy_vs_flops.table(rows))
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Of a training run.", required=True)
+  flags.DEFINE_list("evals", [], "Names, types, files; the config's if empty.")
+  flags.DEFINE_list("grid", [], "Compressed grids, 3x3,5x5.")
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
   flags.DEFINE_integer("batch_size", None, "The config's if not set.")
   distributed.define_flags()

@@ -29,6 +29,12 @@ _NAMES = {
 # What a run is judged by, and its unit in tables and pictures.
 METRICS = {"top1": "top-1 (%)", "CIDEr": "CIDEr x 100"}
 
+# Fields of a row that are no metrics.
+_ABOUT = (
+  *("model", "variant", "grid", "trained_grids", "split"),
+  *("parameters", "gflops", "views", "tokens"),
+)
+
 Row = Mapping[str, Any]
 
 
@@ -47,6 +53,8 @@ def read(workdir: str) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
   """Rows of results as a table, in Markdown; captions have one of their own.
 
+  So have probes and the like: a row for each of their metrics, as it is.
+
   GFLOPs count a multiply-add as two; LookupViT's `compressed` and `lookup`
   are the top-1 of its heads, `top-1` that of their mean. A model that was
   trained at a single grid says so. Of captions, GFLOPs and parameters are the
@@ -55,6 +63,8 @@ def table(rows: Sequence[Row]) -> str:
   """
   captions = [r for r in rows if "tokens" in r]
   others = [r for r in rows if "tokens" not in r]
+  probes = [r for r in others if not _is_accuracy(r)]
+  others = [r for r in others if _is_accuracy(r)]
   parts = []
   if others or not rows:
     names = {
@@ -73,7 +83,31 @@ def table(rows: Sequence[Row]) -> str:
     }
     names = {k: v for k, v in scores.items() if any(k in r for r in captions)}
     parts.append(_table(captions, names, 1))
+  if probes:
+    parts.append(_metrics_table(probes))
   return "\n\n".join(parts)
+
+
+def _is_accuracy(row):
+  """Whether a row has accuracy and loss alone."""
+  names = {name.split("_")[0] for name in row if name not in _ABOUT}
+  return names <= {"top1", "top5", "loss"}
+
+
+def _metrics_table(rows):
+  """Metrics below one another, grids side by side, values as they are."""
+  grids = list(dict.fromkeys(r["grid"] for r in rows))
+  found = {}
+  for r in rows:
+    for name in [k for k in r if k not in _ABOUT]:
+      values = found.setdefault((_name(r), r["split"], name), {})
+      values[r["grid"]] = r[name]
+  head = ["model", "evaluation", "metric", *(grid or "-" for grid in grids)]
+  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+  for key, values in found.items():
+    cells = [f"{values[g]:.4g}" if g in values else "-" for g in grids]
+    lines.append(f"| {' | '.join([*key, *cells])} |")
+  return "\n".join(lines)
 
 
 def _table(rows, metrics, digits):

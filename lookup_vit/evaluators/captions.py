@@ -84,13 +84,13 @@ class Evaluator:
     self.name = name
     self.words = tokenizer.load(config.tokenizer)
     self.grids = shared.check_grids(program, name, grids)
-    self.beams = _positive(f"{where}.beams", beams)
+    self.beams = shared.positive(f"{where}.beams", beams)
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
       raise ValueError(f"{where}.alpha={alpha!r}: want a number.")
     self.alpha = alpha
     longest = program.model.max_length
     length = longest if max_length is None else max_length
-    self.length = _positive(f"{where}.max_length", length)
+    self.length = shared.positive(f"{where}.max_length", length)
     if self.length > longest:
       raise ValueError(
         f"{where}.max_length={max_length}: the decoder has {longest}."
@@ -196,12 +196,6 @@ class Evaluator:
       for i, image in pictures.items()
     ]
     caption_sheet.write(path, rows)
-
-
-def _positive(field, value):
-  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-    raise ValueError(f"{field}={value!r}: want an integer >= 1.")
-  return value
 
 
 def _references(data, key, image_id) -> dict[int, list[str]]:

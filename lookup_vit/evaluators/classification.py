@@ -47,10 +47,8 @@ class Evaluator:
     config = program.config
     self.program = program
     self.name = name
-    self.views = views
     field = f"config.evals.{name}.views"
-    if isinstance(views, bool) or not isinstance(views, int) or views < 1:
-      raise ValueError(f"{field}={views!r}: want an integer >= 1.")
+    self.views = shared.positive(field, views)
     self.examples = datasets.num_examples(data)
     self.dataset, self.count, _ = shared.make_batches(
       program, name, data, pp_fn, batch_size

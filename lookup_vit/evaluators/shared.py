@@ -77,6 +77,17 @@ def check_grids(
   return [tuple(grid) for grid in grids]
 
 
+def positive(field: str, value: Any) -> int:
+  """The value.
+
+  Raises:
+    ValueError: it is no integer of at least 1; `field` is named.
+  """
+  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    raise ValueError(f"{field}={value!r}: want an integer >= 1.")
+  return value
+
+
 def progress(batches: Iterable[Any], count: int, name: str) -> Iterator[Any]:
   """The batches; says now and then how many there were, and what is left."""
   start = said = time.monotonic()
