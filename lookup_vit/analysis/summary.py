@@ -10,7 +10,12 @@ import jax
 import numpy as np
 
 from lookup_vit import config_utils
-from lookup_vit.analysis import accuracy_vs_flops, attention_maps, flops
+from lookup_vit.analysis import (
+  accuracy_vs_flops,
+  attention_clips,
+  attention_maps,
+  flops,
+)
 from lookup_vit.train_step import Program
 
 log = logging.getLogger("lookup_vit")
@@ -47,9 +52,13 @@ def write(
     path = folder / "attention_maps.png"
     grid = min(program.grids, key=np.prod)
     if images.ndim == 4:
-      attention_maps.write(path, program, params, images, grid=grid)
+      every = list(np.ndindex(*grid))
+      rows = attention_maps.token_rows(
+        program, params, images, [grid], places=every
+      )
+      attention_maps.draw(path, rows)
     else:
-      attention_maps.write_clips(path, program, params, images[:2], grid=grid)
+      attention_clips.write(path, program, params, images[:2], grid=grid)
 
 
 def results(
