@@ -83,7 +83,10 @@ def benchmark(
     raise ValueError("Want at least one image size.")
   models = {
     None: vit.Model(_CLASSES, variant, **fields),
-    **{grid: lookup_vit.Model(_CLASSES, variant, **fields) for grid in grids},
+    **{
+      grid: lookup_vit.Model(_CLASSES, variant, grid=grid, **fields)
+      for grid in grids
+    },
   }
   for size in sizes:
     lookup_grid = tokens.lookup_grid((size, size), models[None].patch_size)
@@ -101,7 +104,7 @@ def benchmark(
     for grid, model in models.items():
       args = params[type(model)][size], images
       start = time.perf_counter()
-      compiled = _compile(model, grid, *args)
+      compiled = _compile(model, *args)
       jax.block_until_ready(compiled(*args))
       name = "ViT" if grid is None else config_utils.format_grid(grid)
       _LOG.info(
@@ -111,7 +114,7 @@ def benchmark(
       rows[size, grid] = {
         "image_size": size,
         "grid": None if grid is None else name,
-        "gflops": flops.cost(model, (size, size), grid).xla_flops / 1e9,
+        "gflops": flops.cost(model, (size, size)).xla_flops / 1e9,
         "bytes": _bytes(compiled),
         "seconds": [],
       }
@@ -156,12 +159,10 @@ def _params(model, sizes):
   return params
 
 
-def _compile(model, grid, params, images):
-  fields = {} if grid is None else {"grid": grid}
-
+def _compile(model, params, images):
   @jax.jit
   def logits(params, images):
-    return model.apply({"params": params}, images, **fields)[0]
+    return model.apply({"params": params}, images)[0]
 
   return logits.lower(params, images).compile()
 
@@ -188,6 +189,10 @@ def _ms(result, row):
   return 1e3 * statistics.median(row["seconds"]) / result["batch"]
 
 
+def _short(x):
+  return f"{x:.3g}" if x < 100 else f"{x:.0f}"
+
+
 def table(result: Mapping[str, Any]) -> str:
   """A table, in Markdown, of what `benchmark` returned."""
   fields = ", ".join(f"{k} {v}" for k, v in result["fields"].items())
@@ -205,14 +210,14 @@ def table(result: Mapping[str, Any]) -> str:
     ratios = row["ratios"]
     memory = ["-", "-"]
     if row["bytes"] is not None:
-      memory = [f"{row['bytes'] / 2**20:.0f}"]
+      memory = [_short(row["bytes"] / 2**20)]
       memory.append(f"{row['bytes'] / like['bytes']:.2f}")
     cells = [
       str(row["image_size"]),
       _name(row),
-      f"{row['gflops']:.3g}",
+      _short(row["gflops"]),
       f"{row['gflops'] / like['gflops']:.2f}",
-      f"{_ms(result, row):.3g}",
+      _short(_ms(result, row)),
       f"{statistics.median(ratios):.2f} "
       f"({min(ratios):.2f} to {max(ratios):.2f})",
       *memory,
@@ -243,6 +248,7 @@ def plot(result: Mapping[str, Any], path: str) -> None:
       rows = sorted(rows, key=lambda row: row["image_size"])
       x = [row["image_size"] for row in rows]
       axis.plot(x, list(map(value, rows)), style, label=name, markersize=4)
+    axis.set_xticks(sorted({row["image_size"] for row in result["rows"]}))
     axis.set_xlabel("image size (pixels)")
     axis.set_ylabel(title)
     axis.set_ylim(bottom=0)
