@@ -1,4 +1,4 @@
-"""benchmarks/resolution.py: tiny runs, for what they report and not for speed."""
+"""benchmarks/resolution.py: tiny runs, for what they report, not for speed."""
 
 import json
 import statistics

@@ -50,10 +50,9 @@ KINDS = ("tokens", "grid")
 _MOST = 128
 
 
-def upsample(maps: np.ndarray, size: Sequence[int]) -> np.ndarray:
-  """`[..., rows, columns]` to `[..., height, width]`, linearly."""
-  shape = (*maps.shape[:-2], *size)
-  return np.asarray(jax.image.resize(maps, shape, "linear"))
+def upsample(one: np.ndarray, size: Sequence[int]) -> np.ndarray:
+  """A map `[rows, columns]` to `[height, width]`, linearly."""
+  return np.asarray(jax.image.resize(one, size, "linear"))
 
 
 def as_pixels(image: np.ndarray) -> np.ndarray:
@@ -61,19 +60,18 @@ def as_pixels(image: np.ndarray) -> np.ndarray:
   return np.round((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
-def overlay(image: np.ndarray, maps: np.ndarray) -> np.ndarray:
-  """Colours maps, each from 0 to its largest value, over an image in grey.
+def overlay(image: np.ndarray, one: np.ndarray) -> np.ndarray:
+  """Colours a map, from 0 to its largest value, over an image in grey.
 
   Args:
     image: `[height, width, 3]` in [-1, 1].
-    maps: `[..., rows, columns]`, not negative.
+    one: the map, `[rows, columns]`, not negative.
 
   Returns:
-    `[..., height, width, 3]`, uint8; 0.6 of it is the map's colour.
+    `[height, width, 3]`, uint8; 0.6 of it is the map's colour.
   """
-  maps = upsample(maps, image.shape[:2])
-  share = maps / np.max(maps, axis=(-2, -1), keepdims=True)
-  colours = matplotlib.colormaps["inferno"](share)[..., :3]
+  one = upsample(one, image.shape[:2])
+  colours = matplotlib.colormaps["inferno"](one / one.max())[..., :3]
   grey = np.mean((np.clip(image, -1, 1) + 1) / 2, axis=-1, keepdims=True)
   return np.round(255 * (0.4 * grey + 0.6 * colours)).astype(np.uint8)
 
@@ -188,8 +186,12 @@ def grid_rows(
   rows = []
   for image, labelled in _each(program, params, images, grids, blocks, heads):
     panels = [Panel("input", as_pixels(image))]
-    for label, _, maps in labelled:
-      panels.append(Panel(label, mosaic(overlay(image, maps))))
+    for label, grid, maps in labelled:
+      # One after another: in colour, many are large.
+      flat = maps.reshape(-1, *maps.shape[2:])
+      tiles = np.stack([overlay(image, one) for one in flat])
+      tiles = tiles.reshape(*grid, *tiles.shape[1:])
+      panels.append(Panel(label, mosaic(tiles)))
     rows.append(Row("", panels))
   return rows
 

@@ -14,6 +14,7 @@ from lookup_vit.analysis import (
   accuracy_vs_flops,
   attention_clips,
   attention_maps,
+  cross_attention,
   flops,
 )
 from lookup_vit.train_step import Program
@@ -52,9 +53,10 @@ def write(
     path = folder / "attention_maps.png"
     grid = min(program.grids, key=np.prod)
     if images.ndim == 4:
-      every = list(np.ndindex(*grid))
+      # All of a small grid.
+      places = cross_attention.evenly_spaced(grid, 25)
       rows = attention_maps.token_rows(
-        program, params, images, [grid], places=every
+        program, params, images, [grid], places=places
       )
       attention_maps.draw(path, rows)
     else:
