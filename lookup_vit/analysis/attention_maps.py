@@ -252,11 +252,19 @@ def draw(path: str, rows: Sequence[Row], inches: float = 1.2) -> None:
       axis.set_title(panel.title, fontsize=7)
       axis.set_xticks([])
       axis.set_yticks([])
+      axis.spines[:].set_visible(False)
       if panel.frame is not None:
         left, top, width, height = panel.frame
-        corner = (left - 0.5, top - 0.5)
+        # A colour that is in no map; at the border of the image it is whole.
         axis.add_patch(
-          plt.Rectangle(corner, width, height, fill=False, color="w")
+          plt.Rectangle(
+            (left - 0.5, top - 0.5),
+            width,
+            height,
+            fill=False,
+            color="c",
+            clip_on=False,
+          )
         )
   figure.suptitle("Lookup tokens that compressed tokens read", fontsize=9)
   save(figure, path)
