@@ -10,7 +10,13 @@ import jax
 import numpy as np
 
 from lookup_vit import config_utils
-from lookup_vit.analysis import accuracy_vs_flops, attention_maps, flops
+from lookup_vit.analysis import (
+  accuracy_vs_flops,
+  attention_clips,
+  attention_maps,
+  cross_attention,
+  flops,
+)
 from lookup_vit.train_step import Program
 
 log = logging.getLogger("lookup_vit")
@@ -47,9 +53,14 @@ def write(
     path = folder / "attention_maps.png"
     grid = min(program.grids, key=np.prod)
     if images.ndim == 4:
-      attention_maps.write(path, program, params, images, grid=grid)
+      # All of a small grid.
+      places = cross_attention.evenly_spaced(grid, 25)
+      rows = attention_maps.token_rows(
+        program, params, images, [grid], places=places
+      )
+      attention_maps.draw(path, rows)
     else:
-      attention_maps.write_clips(path, program, params, images[:2], grid=grid)
+      attention_clips.write(path, program, params, images[:2], grid=grid)
 
 
 def results(

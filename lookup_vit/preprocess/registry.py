@@ -82,7 +82,7 @@ def image_op(
   return wrapper
 
 
-def get_preprocess_fn(pp: str) -> PreprocessFn:
+def get_preprocess_fn(pp: str, skip_missing: bool = False) -> PreprocessFn:
   """Builds the preprocessing function that a string describes.
 
   Arguments are Python literals and are never evaluated. Empty segments are
@@ -91,6 +91,8 @@ def get_preprocess_fn(pp: str) -> PreprocessFn:
 
   Args:
     pp: ops separated by `|`, each a name or a call with literal arguments.
+    skip_missing: whether an op that misses a key in the data, such as one on
+      the labels of an image without any, is left out rather than an error.
 
   Returns:
     A function `fn(data, seed) -> data`. Op i gets the seed
@@ -100,7 +102,7 @@ def get_preprocess_fn(pp: str) -> PreprocessFn:
 
   Raises:
     ValueError: if an op is malformed or unknown, or its arguments do not fit;
-      by the function, if an op misses a key in the data.
+      by the function, if an op misses a key in the data, unless `skip_missing`.
   """
   segments = _segments(pp)
 
@@ -126,7 +128,8 @@ def get_preprocess_fn(pp: str) -> PreprocessFn:
       try:
         data = op(data, seed_i)
       except KeyError as e:
-        raise ValueError(f"{name_op(i)}: {e.args[0]}") from e
+        if not skip_missing:
+          raise ValueError(f"{name_op(i)}: {e.args[0]}") from e
     return data
 
   return preprocess

@@ -147,14 +147,14 @@ IMAGES = IMAGES.astype(np.float32)
 
 
 def test_write(write, program, monkeypatch, tmp_path):
-  calls = []
-  draw = attention_maps.write
+  drawn = []
+  draw = attention_maps.draw
 
-  def spy(*args, **kwargs):
-    calls.append(kwargs["grid"])
-    draw(*args, **kwargs)
+  def spy(path, rows):
+    drawn.extend(rows)
+    draw(path, rows)
 
-  monkeypatch.setattr(attention_maps, "write", spy)
+  monkeypatch.setattr(attention_maps, "draw", spy)
   out, names = write(program, METRICS, IMAGES)
   pictures = {"accuracy_vs_flops.png", "attention_maps.png"}
   assert names == {"results.json", *pictures}
@@ -163,8 +163,10 @@ def test_write(write, program, monkeypatch, tmp_path):
     assert len(np.unique(pixels)) > 20
   rows = json.loads((tmp_path / "results.json").read_text())
   assert out == accuracy_vs_flops.table(rows) + "\n"
-  # Of the smallest grid, by its number of tokens.
-  assert calls == [(1, 3)]
+  # All tokens of the smallest grid, by their number.
+  assert [[panel.title for panel in row.panels] for row in drawn] == [
+    ["input", "(0, 0)", "(0, 1)", "(0, 2)"]
+  ] * len(IMAGES)
 
 
 def test_no_table_without_top1(write, program):

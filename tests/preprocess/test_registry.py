@@ -110,6 +110,22 @@ def test_a_missing_image_is_named():
     fn({"picture": tf.constant(1)}, SEED)
 
 
+def test_ops_that_miss_a_key_can_be_left_out(scratch_ops):
+  seeds = []
+
+  @register("spy")
+  def spy():
+    return lambda data, seed: seeds.append(seed.numpy().tolist()) or data
+
+  pp = "onehot(3)|spy|copy('b', 'c')|copy('a', 'c')"
+  data = get_preprocess_fn(pp, skip_missing=True)({"a": tf.constant(1)}, SEED)
+  assert {k: v.numpy() for k, v in data.items()} == {"a": 1, "c": 1}
+  fold = tf.random.experimental.stateless_fold_in
+  assert seeds == [fold(SEED, 1).numpy().tolist()]
+  with pytest.raises(ValueError, match="op 1 of 4"):
+    get_preprocess_fn(pp)({"a": tf.constant(1)}, SEED)
+
+
 def test_general_ops():
   data = {"a": tf.constant(1), "b": tf.constant(2), "c": tf.constant(3)}
   assert set(get_preprocess_fn("keep('a', 'c', 'z')")(data, SEED)) == {"a", "c"}
