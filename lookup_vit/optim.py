@@ -28,7 +28,7 @@ def make(
   """The optimizer, and its learning rate as a function of the step.
 
   Args:
-    config: `optax_name` ("adamw", "adafactor", "sgd"), `optax` (that
+    config: `optax_name` ("adamw", "adafactor", "sgd", "lars"), `optax` (that
       optimizer's options), `lr`, `wd`, `schedule`, `grad_clip_norm`, and lists
       of (regex of a parameter's path, factor): `lr_mults`, `wd_mults`; and
       `frozen`, regexes of what is not trained. The first regex to match counts;
@@ -139,6 +139,7 @@ def _rule(name, options):
     "adamw": optax.scale_by_adam,
     "adafactor": _scale_by_adafactor,
     "sgd": _scale_by_momentum,
+    "lars": _scale_by_lars,
   }
   if name not in rules:
     raise ValueError(
@@ -152,6 +153,16 @@ def _rule(name, options):
 
 def _scale_by_momentum(momentum=0.9, nesterov=False, dtype="float32"):
   return optax.trace(momentum, nesterov, accumulator_dtype=dtype)
+
+
+def _scale_by_lars(momentum=0.9, trust_coefficient=1e-3):
+  """LARS (arXiv:1708.03888), of matrices alone, as in MAE's linear probe.
+
+  Without its weight decay, which is not decoupled.
+  """
+  ratio = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
+  matrices = lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)  # noqa: E731
+  return optax.chain(optax.masked(ratio, matrices), optax.trace(momentum))
 
 
 def _scale_by_adafactor(

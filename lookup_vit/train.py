@@ -35,7 +35,7 @@ from lookup_vit import (
   train_step,
 )
 from lookup_vit.analysis import summary
-from lookup_vit.models import captioner, inflation
+from lookup_vit.models import captioner, inflation, probe
 from lookup_vit.preprocess import text_ops
 
 FLAGS = flags.FLAGS
@@ -49,6 +49,9 @@ _IN_FLIGHT = 8
 
 # Metrics that are logged: their names for people, and how they are written.
 _HEADLINES = {"top1": ("top-1", "{:.2%}"), "CIDEr": ("CIDEr", "{:.3f}")}
+
+# Batches that the statistics of a probe's features are of.
+_CALIBRATION = 16
 
 # Share of the time that the devices wait for data from which on it is told.
 _SLOW_INPUT = 0.1
@@ -77,7 +80,6 @@ def train_and_evaluate(
   # What can be wrong is found first.
   config = config_utils.resolve(config)
   words = _tokenizer(config, workdir)
-  train_step.build_model(config)
   data = config.input.data
   with config_utils.at_fault("config.input"):
     sets = descriptions.mixture(data)
@@ -86,6 +88,7 @@ def train_and_evaluate(
       num_examples = datasets.num_examples(sets[0][0])
     if config.num_classes is None:
       config.num_classes = datasets.num_classes(data)
+  train_step.build_model(config)
   # Known from here on: to evaluate a run, its training data are not needed.
   total_steps = config_utils.total_steps(config, num_examples)
   config.total_steps, config.total_epochs = total_steps, None
@@ -106,6 +109,8 @@ def train_and_evaluate(
   )
   state = restore_or_init(program, store)
   start = int(state.step)
+  if start == 0 and isinstance(program.model, probe.Probe):
+    state = calibrate(program, state)
   checkpoints.write_config(workdir, config)
   if words and jax.process_index() == 0:
     tokenizer.write(workdir, words)
@@ -255,6 +260,26 @@ def restore_or_init(
     inflation.contextualisation_scale(model, config.input.image_size),
   )
   return program.init_state(params)
+
+
+def calibrate(
+  program: train_step.Program, state: train_step.TrainState
+) -> train_step.TrainState:
+  """A probe's state, with the statistics of features of training batches."""
+
+  def moments(params, batch, grid):
+    _, out = program.apply(params, batch, grid)
+    return probe.moments(out["features"])
+
+  moments = program.compile(
+    moments, parallel.replicated(program.mesh), static_argnums=2
+  )
+  batches = prefetch(make_dataset(program.config, 0), program.mesh)
+  each = [
+    moments(state.params, batch, program.grids[i % len(program.grids)])
+    for i, batch in enumerate(itertools.islice(batches, _CALIBRATION))
+  ]
+  return program.init_state(probe.calibrated(state.params, each))
 
 
 def check_encoder(spec: str, encoder: Any) -> None:

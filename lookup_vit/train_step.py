@@ -146,7 +146,9 @@ class Program:
   def _check_tensor(self):
     models = {"": self.model}
     if hasattr(self.model, "encoder"):
-      models = {" of the encoder": self.model.encoder} | models
+      models = {" of the encoder": self.model.encoder}
+      if hasattr(self.model, "width"):  # A probe has no more than the encoder.
+        models[""] = self.model
     sizes = {}
     for whose, model in models.items():
       sizes[f"heads{whose}"] = model.num_heads

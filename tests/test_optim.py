@@ -153,6 +153,21 @@ def test_sgd_in_bfloat16():
   assert dtypes == {"bfloat16"}
 
 
+def test_lars():
+  config = make_config(optax_name="lars", optax=dict(momentum=0.8))
+  params, _, grads, _ = run(config, 5)
+  for name, shape in SHAPES.items():
+    p, m = params[0][name].astype(np.float64), 0.0
+    for t in range(5):
+      u = grads[t][name].astype(np.float64)
+      if len(shape) > 1:
+        u = 1e-3 * np.linalg.norm(p) / np.linalg.norm(u) * u
+      m = u + 0.8 * m
+      wd = config.wd if name.endswith("kernel") else 0.0
+      p = p - cosine(t) * (config.lr * m + wd * p)
+      np.testing.assert_allclose(params[t + 1][name], p, 1e-5, 1e-6)
+
+
 FACTORED = {
   "a/kernel": (33, 40),  # factored
   "b/kernel": (3, 41, 35),  # factored over the two largest axes

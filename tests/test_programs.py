@@ -52,6 +52,7 @@ def in21k(tmp_path_factory):
     "ssv2_vivit_b",
     "ssv2_lookup_vivit_b",
     "in1k_finetune",
+    "linear_probe",
     "image_folder",
     "video_folder",
     "moving_digits_vivit",
@@ -64,7 +65,8 @@ def in21k(tmp_path_factory):
   ],
 )
 def test_every_config_runs_locally(name, in21k, tmp_path):
-  arg = f"from={in21k},runlocal" if name == "in1k_finetune" else "runlocal"
+  starts = name in ("in1k_finetune", "linear_probe")
+  arg = f"from={in21k},runlocal" if starts else "runlocal"
   workdir = str(tmp_path)
   if name == "in21k_lookup_b":
     workdir = in21k

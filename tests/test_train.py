@@ -87,6 +87,86 @@ def test_evaluate_repeats_the_numbers(run):
   assert earlier != again
 
 
+def test_evaluates_what_the_config_does_not_name(run, tmp_path, caplog):
+  _, workdir, _ = run
+  file = tmp_path / "evals.py"
+  file.write_text(
+    "import ml_collections\n"
+    "def get_config(arg=None):\n"
+    "  data = dict(module='data.digits', split=f'test[:{arg}]')\n"
+    "  pp = \"decode|value_range(-1,1)|keep('image','label')\"\n"
+    "  few = dict(type='classification', data=data, pp_fn=pp)\n"
+    "  return ml_collections.ConfigDict(dict(few=few))\n"
+  )
+  before = evaluate.evaluate(workdir)
+  with caplog.at_level("INFO"):
+    rows = evaluate.evaluate(
+      workdir, evals=["test", "knn", f"{file}:7"], grids=[(2, 2), (2, 3)]
+    )
+  assert "2x3: the model was trained at 2x2, 1x3, not at this" in caplog.text
+  found = {(r["split"], r["grid"]): r for r in rows}
+  names = [(s, g) for s in ("few", "knn", "test") for g in ("2x2", "2x3")]
+  assert sorted(found) == names
+  assert found["test", "2x2"] == before[0]
+  assert found["few", "2x2"]["top1"] * 7 == pytest.approx(
+    round(found["few", "2x2"]["top1"] * 7)
+  )
+  assert "20_nn" in found["knn", "2x3"]
+  # Results of other evaluators and grids stay in the file.
+  with open(os.path.join(workdir, "evaluation_12.json")) as f:
+    kept = {(r["split"], r["grid"]) for r in json.load(f)}
+  assert kept == {*names, ("test", "1x3")}
+
+
+@pytest.mark.parametrize(
+  ("asked", "words"),
+  [
+    (dict(evals=["val"]), "--evals=val: the config has test; types are capt"),
+    (dict(evals=["test", "test"]), "--evals: there are two evaluators 'test'"),
+    (dict(evals=["no/such.py"]), "--evals=no/such.py"),
+    (dict(grids=[(9, 9)]), "config.evals.test.grids"),
+    (dict(step=5), "has no checkpoint 5, only [4, 8, 12]"),
+  ],
+)
+def test_evaluations_that_cannot_be(run, asked, words):
+  _, workdir, _ = run
+  with pytest.raises(ValueError) as e:
+    evaluate.evaluate(workdir, **asked)
+  assert words in str(e.value)
+
+
+def test_a_linear_probe_of_the_run(run, tmp_path):
+  _, workdir, state = run
+  spec = "data=data.digits,train=train[:96],val=test[:9],batch=8,epochs=1"
+  config = config_utils.load(
+    f"configs/linear_probe.py:from={workdir},features=both,block=-1,{spec}"
+  )
+  config.lr = 1.0
+  found = train.train_and_evaluate(config, str(tmp_path))
+  # The Polyak average, which is what was evaluated.
+  before = {k: v for k, v in state.ema.items() if not k.startswith("head")}
+  jax.tree.map(np.testing.assert_array_equal, found.params["encoder"], before)
+  paths = jax.tree_util.tree_leaves_with_path(found.opt_state)
+  assert not any("encoder" in jax.tree_util.keystr(path) for path, _ in paths)
+  assert np.any(found.params["head"]["kernel"])
+  # Statistics are those of the features of the first batches.
+  config = config_utils.read_workdir(str(tmp_path))
+  program = train_step.Program(config, config.total_steps)
+  x = []
+  for i, batch in zip(range(16), train.make_dataset(config, 0), strict=False):
+    grid = program.grids[i % 2]
+    _, out = program.apply(found.params, batch, grid)
+    x.append(np.asarray(out["features"], np.float64))
+  x = np.concatenate(x)
+  assert x.shape == (16 * 8, 2 * 32)
+  norm = found.params["norm"]
+  np.testing.assert_allclose(norm["mean"], x.mean(0), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(norm["variance"], x.var(0), rtol=1e-3, atol=1e-6)
+  rows = small.results(str(tmp_path))
+  assert [r["grid"] for r in rows] == ["2x2", "1x3"]
+  assert all(0 <= r["top1"] <= 1 and "top1_lookup" not in r for r in rows)
+
+
 def test_keeps_the_checkpoints_asked_for(run):
   _, workdir, _ = run
   assert checkpoints.Checkpoints(workdir, read_only=True).steps() == [4, 8, 12]

@@ -371,7 +371,7 @@ def count(
     config.grad_accum_steps = 1
     config.mixup.p = config.cutmix.p = 0.0
   model = train_step.build_model(config)
-  if "encoder" in config.model:
+  if "encoder" in config.model and hasattr(model, "depth"):
     # Its blocks are in a loop; those of the decoder, half as many, are not.
     config.model.depth = model.depth
   depth = getattr(model, "encoder", model).depth
@@ -380,10 +380,14 @@ def count(
     small = copy.deepcopy(config)
     blocks = small.model.get("encoder", small.model)
     blocks.scan, blocks.depth = False, n
+    if "block" in small.model:
+      small.model.block = None  # It may not be among the few.
     program = make_program(small, devices)
     # The views are a loop as well.
     lowered = lower(program, kind, grid, one_view=True)
-    small.model.attention = blocks.attention = "direct"
+    blocks.attention = "direct"
+    if hasattr(model, "attention"):
+      small.model.attention = "direct"
     direct = make_program(small, devices)
     found = _xla_count(
       _compile(lower(direct, kind, grid, one_view=True), direct)

@@ -46,7 +46,7 @@ def write(
     print(accuracy_vs_flops.table(rows), flush=True)
     accuracy_vs_flops.plot(rows, folder / "accuracy_vs_flops.png")
   if hasattr(program.model, "encoder"):
-    return  # Captions have a page of their own.
+    return  # Captions have a page of their own, encoders their runs' pictures.
   # Only one process is here: it computes by itself.
   params = jax.device_get(params)
   if program.grids[0] is not None and images is not None:
@@ -110,7 +110,7 @@ def results(
 
 def _tokens_read(program, grid):
   """`tokens`, of a captioner."""
-  if not hasattr(program.model, "encoder"):
+  if not hasattr(program.model, "start"):
     return {}
   batch = program.task.batch_shapes(1)
   apply = functools.partial(program.apply, grid=grid)

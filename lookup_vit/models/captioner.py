@@ -16,7 +16,6 @@ as deep, 64 positions.
 """
 
 import dataclasses
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -412,9 +411,6 @@ def differences(encoder: nn.Module, trained: nn.Module) -> list[str]:
   ]
 
 
-_CLASSES = {"lookup_vit": LookupCaptioner, "vit": Captioner}
-
-
 def Model(  # noqa: N802
   num_classes: int,
   variant: str | None = None,
@@ -437,24 +433,16 @@ def Model(  # noqa: N802
   """
   if num_classes is None:
     raise ValueError("A captioner wants num_classes, the vocabulary's size.")
-  encoder = dict(encoder or {})
-  name = encoder.pop("model_name", "lookup_vit")
-  if "num_classes" in encoder:
-    raise ValueError("encoder.num_classes: a captioner's encoder has no head.")
   if fields.get("qk_norm"):
     raise ValueError("qk_norm: a captioner's decoder has none.")
-  if name not in _CLASSES:
-    raise ValueError(
-      f"encoder.model_name={name!r}: want {' or '.join(map(repr, _CLASSES))}."
-    )
-  model = importlib.import_module(f"lookup_vit.models.{name}")
-  encoder = model.Model(None, **encoder)
+  encoder = variants.build_encoder(encoder or {}, ("lookup_vit", "vit"))
   if variant is None:
     like = ("width", "num_heads", "mlp_ratio")
     own = {name: getattr(encoder, name) for name in like}
     own["depth"] = max(1, encoder.depth // 2)
   else:
     own = variants.decode_size(variant)
+  make = LookupCaptioner if hasattr(encoder, "grid") else Captioner
   return variants.build_of(
-    _CLASSES[name], {**own, **fields}, num_classes=num_classes, encoder=encoder
+    make, {**own, **fields}, num_classes=num_classes, encoder=encoder
   )

@@ -2,8 +2,9 @@
 
 import dataclasses
 import difflib
+import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -140,3 +141,26 @@ def build_of(
     if not fits(value):
       raise ValueError(f"{cls.__name__}.{name}={value!r}: want {want}.")
   return cls(**fixed, **fields)
+
+
+def build_encoder(fields: Mapping[str, Any], names: Sequence[str]) -> nn.Module:
+  """Makes the encoder that another model has: without a classifier.
+
+  Args:
+    fields: `model_name`, "lookup_vit" by default, and the fields of its
+      `Model`.
+    names: of the models that it may be.
+
+  Raises:
+    ValueError: another model, or a field that it does not have.
+  """
+  fields = dict(fields)
+  name = fields.pop("model_name", "lookup_vit")
+  if "num_classes" in fields:
+    raise ValueError("encoder.num_classes: an encoder has no head.")
+  if name not in names:
+    raise ValueError(
+      f"encoder.model_name={name!r}: want {' or '.join(map(repr, names))}."
+    )
+  model = importlib.import_module(f"lookup_vit.models.{name}")
+  return model.Model(None, **fields)
