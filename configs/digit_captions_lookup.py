@@ -27,6 +27,7 @@ _MODULE = "data.digit_captions"
 # Which digit of which size is in which cell.
 _PARTS = 80
 _LENGTH = 24
+_SIZE = 32
 
 
 def get_config(arg=None):
@@ -45,7 +46,7 @@ def get_config(arg=None):
   config.task = arg.task
   config.input = dict(
     data=dict(module=_MODULE, split="train"),
-    image_size=(32, 32),
+    image_size=(_SIZE, _SIZE),
     batch_size=32,
     shuffle_buffer_size=36_000,
   )
@@ -88,17 +89,18 @@ def _classify(config, encoder):
   config.model.head_bias_init = -4.0
   config.num_classes = _PARTS
   config.loss = "sigmoid_xent"
-  config.total_epochs = 6.0
+  config.total_epochs = 10.0
   pp = (
-    f"decode|value_range(-1,1)|onehot({_PARTS},'parts','labels')"
+    f"value_range(-1,1)|onehot({_PARTS},'parts','labels')"
     "|keep('image','labels')"
   )
-  config.input.pp = pp
+  # Shifted by up to a pixel each way: there are few different digits.
+  config.input.pp = f"decode|pad({_SIZE + 2})|random_crop({_SIZE})|{pp}"
   config.evals = dict(
     test=dict(
       type="classification",
       data=dict(module=_MODULE, split="test"),
-      pp_fn=pp,
+      pp_fn=f"decode|{pp}",
       log_steps=2000,
     )
   )

@@ -16,6 +16,12 @@ fi
 config="configs/digit_captions_$model.py"
 source launch/env.sh captions
 
+# Batches are small: two devices of one thread each make more of two cores than
+# one device of two threads.
+if [ "$(nproc)" -ge 2 ]; then
+  export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=2"
+fi
+
 tokenizer="$out/digits.model"
 if [ ! -f "$tokenizer" ]; then
   python -m lookup_vit.preprocess.train_tokenizer --config="$config" \
