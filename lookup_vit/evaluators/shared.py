@@ -104,7 +104,9 @@ def check_classes(
       raise ValueError(f"{field}: the data have no classes as 'label'.")
     labels = input_pipeline.examples(data, pp="keep('label')")
     classes = {int(example["label"]) for example in labels}
-  elif isinstance(classes, str) or not all(type(c) is int for c in classes):
+  elif not isinstance(classes, list | tuple) or any(
+    type(c) is not int for c in classes
+  ):
     raise ValueError(f"{field}: want 'present' or a list of integers.")
   found, count = sorted(classes), program.config.num_classes
   if not found or len(set(found)) < len(found):

@@ -77,7 +77,7 @@ def _libraries():
     raise ValueError(
       f"corruptions want packages that cannot be imported here ({e}): "
       f"`{INSTALL}`. Where it is libGL that is missing: `pip install "
-      "--force-reinstall --no-deps opencv-python-headless`."
+      "--force-reinstall --no-deps opencv-contrib-python-headless`."
     ) from e
   return corruptions, imagecorruptions, small_corruptions
 

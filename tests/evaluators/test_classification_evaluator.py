@@ -217,14 +217,11 @@ def test_some_classes(program, params, outputs, digits, pp):
   if pp == "labels":
     pp_fn = "decode|value_range(-1,1)|onehot(10,'label','labels')"
     pp_fn += "|keep('image','labels')"
-  fields = dict(pp_fn=pp_fn, batch_size=5, grids=[(2, 2)])
+  fields = dict(pp_fn=pp_fn, grids=[(2, 2)])
   got = evaluate(program, params, classes=[9, 0, 3, 4, 1, 7], **fields)
   metrics, count = of_classes(outputs[2, 2], digits[1], [0, 1, 3, 4, 7, 9])
   assert 0 < count < COUNT
   check(got, {f"val/2x2/{k}": v for k, v in metrics.items()})
-  # Among four classes, the right one is always among the best five.
-  got = evaluate(program, params, classes=[1, 3, 4, 7], **fields)
-  assert got["val/2x2/top5"] == 1
 
 
 def test_classes_that_occur(program, params, outputs, digits):
@@ -238,13 +235,15 @@ def test_classes_that_occur(program, params, outputs, digits):
   metrics, count = of_classes(outputs[2, 2][:4], digits[1][:4], classes)
   assert count == 4
   check(got, {f"val/2x2/{k}": v for k, v in metrics.items()})
+  # Fewer than five classes.
+  assert got["val/2x2/top5"] == 1
 
 
 def test_no_example_has_one_of_the_classes(program, params, digits):
   data, label = dict(DATA, split="test[:1]"), digits[1][0]
-  evaluator = Evaluator(
-    program, "val", data=data, pp_fn=PP, classes=[(label + 1) % 10]
-  )
+  fields = dict(data=data, pp_fn=PP, grids=[(2, 2)])
+  other = (label + 1) % 10
+  evaluator = Evaluator(program, "val", **fields, classes=[other])
   with pytest.raises(RuntimeError, match="val: no example has one of the"):
     list(evaluator.run(params))
 
@@ -282,6 +281,7 @@ def test_no_example_has_one_of_the_classes(program, params, digits):
     (dict(grids=[(5, 5)]), ["config.evals.val.grids", "(5, 5)", "(4, 4)"]),
     (dict(grids=[(2, 2, 2)]), ["config.evals.val.grids", "(2, 2, 2)"]),
     (dict(classes="some"), ["config.evals.val.classes='some'", "'present'"]),
+    (dict(classes=3), ["config.evals.val.classes=3", "a list of integers"]),
     (dict(classes=[]), ["config.evals.val.classes=[]", "one or more"]),
     (dict(classes=[1, 2, 1]), ["val.classes=[1, 2, 1]", "each of them once"]),
     (dict(classes=[1, 10]), ["classes are 1 to 10", "num_classes is 10"]),
