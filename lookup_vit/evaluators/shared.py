@@ -52,31 +52,6 @@ def make_batches(
   return batches, count, batch_size
 
 
-def check_grids(
-  program: Program, name: str, grids: list[Any] | None
-) -> list[Any]:
-  """The grids to evaluate at: those of training where none are given.
-
-  Raises:
-    ValueError: there are none, or they do not fit the model.
-  """
-  if grids is None:
-    return program.grids
-  field = f"config.evals.{name}.grids"
-  if not grids:
-    raise ValueError(f"{field} is empty.")
-  model = program.model
-  if not hasattr(model, "grid"):
-    raise ValueError(f"{field}: the model has no compressed grid.")
-  lookup_grid = model.lookup_grid(program.config.input.image_size)
-  for grid in grids:
-    try:
-      tokens.check_grid(grid, lookup_grid)
-    except ValueError as e:
-      raise ValueError(f"{field}: {e}") from None
-  return [tuple(grid) for grid in grids]
-
-
 def check_classes(
   program: Program,
   name: str,
@@ -117,6 +92,49 @@ def check_classes(
       f"{count}."
     )
   return tuple(found)
+
+
+def check_grids(
+  program: Program, name: str, grids: list[Any] | None
+) -> list[Any]:
+  """The grids to evaluate at: those of training where none are given.
+
+  Raises:
+    ValueError: there are none, or they do not fit the model.
+  """
+  if grids is None:
+    return program.grids
+  field = f"config.evals.{name}.grids"
+  if not grids:
+    raise ValueError(f"{field} is empty.")
+  model = program.model
+  if not hasattr(model, "grid"):
+    raise ValueError(f"{field}: the model has no compressed grid.")
+  lookup_grid = model.lookup_grid(program.config.input.image_size)
+  for grid in grids:
+    try:
+      tokens.check_grid(grid, lookup_grid)
+    except ValueError as e:
+      raise ValueError(f"{field}: {e}") from None
+  return [tuple(grid) for grid in grids]
+
+
+def progress(batches: Iterable[Any], count: int, name: str) -> Iterator[Any]:
+  """The batches; says now and then how many there were, and what is left."""
+  start = said = time.monotonic()
+  for done, batch in enumerate(batches):
+    now = time.monotonic()
+    if done and now - said > _EVERY:
+      said = now
+      left = round((now - start) / done * (count - done))
+      log.info(
+        "%s: batch %d/%d  ETA %s",
+        name,
+        done,
+        count,
+        datetime.timedelta(seconds=left),
+      )
+    yield batch
 
 
 def metric_prefix(name: str, grid: Any) -> str:
@@ -170,21 +188,3 @@ def means(total: Mapping[str, float], size: int, name: str) -> dict[str, float]:
     for metric, value in total.items()
     if metric not in ("examples", "seen")
   }
-
-
-def progress(batches: Iterable[Any], count: int, name: str) -> Iterator[Any]:
-  """The batches; says now and then how many there were, and what is left."""
-  start = said = time.monotonic()
-  for done, batch in enumerate(batches):
-    now = time.monotonic()
-    if done and now - said > _EVERY:
-      said = now
-      left = round((now - start) / done * (count - done))
-      log.info(
-        "%s: batch %d/%d  ETA %s",
-        name,
-        done,
-        count,
-        datetime.timedelta(seconds=left),
-      )
-    yield batch
