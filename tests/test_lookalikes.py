@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from data import imagenet21k, imagenet_o
-from lookup_vit import config_utils, train
+from lookup_vit import config_utils, train, train_step
 from lookup_vit import input_pipeline as ip
+from lookup_vit.evaluators import classification
 
 # isort: split
 import tensorflow as tf
@@ -225,7 +226,9 @@ def run(config, workdir, data_dir):
   config.ckpt_steps = 4
   config.input.data.data_dir = data_dir
   for evaluator in config.evals.values():
-    evaluator.data.data_dir = data_dir
+    for field in ("data", "inliers"):
+      if field in evaluator:
+        evaluator[field].data_dir = data_dir
   state = train.train_and_evaluate(config, str(workdir))
   assert int(state.step) == 4
   return small.results(str(workdir))
@@ -238,39 +241,63 @@ def assert_complete(rows, splits, grids):
   assert all(np.isfinite(row["loss"]) for row in rows)
 
 
-# Test sets for classifiers of ImageNet-1k's classes.
-ROBUSTNESS = {
-  "a": ("imagenet_a", "test"),
-  "c": ("imagenet2012_corrupted/fog_3", "validation"),
-  "r": ("imagenet_r", "test"),
-  "sketch": ("imagenet_sketch", "test"),
-  "v2": ("imagenet_v2", "test"),
-}
-IMAGENET_O = dict(module="data.imagenet_o", split="test")
-
-
 @pytest.fixture(scope="module")
 def lookup_run(data_dir, tmp_path_factory):
-  """The work directory and the results of in1k_lookup_b."""
+  """The work directory and the results of in1k_lookup_b, on all test sets."""
   workdir = tmp_path_factory.mktemp("in1k_lookup_b")
   config = config_utils.load(
     "configs/in1k_lookup_b.py:variant=mu/8,res=40,aug=medium1"
   )
-  val = config.evals.val
-  for key, (name, split) in ROBUSTNESS.items():
-    config.evals[key] = {**val, "data": dict(name=name, split=split)}
-  config.evals.o = {**val, "data": IMAGENET_O}
-  real = dict(name="imagenet2012_real", split="validation")
-  labels = "onehot(1000,'real_label','labels')|keep('image','labels')"
-  pp_fn = val.pp_fn.replace("keep('image','label')", labels)
-  config.evals.real = {**val, "data": real, "pp_fn": pp_fn}
+  evals = config_utils.load("configs/evals_imagenet.py:res=40,batch=8")
+  assert evals.c.reference == "alexnet"
+  evals.c.update(reference=None, corruptions=["fog"], severities=[3])
+  # Those of ImageNet-O do not occur among so few.
+  inliers = {e["label"] for e in sources("imagenet2012", "validation")}
+  evals.o.classes = sorted(inliers)[:7]
+  config.evals.update(evals)
   return workdir, run(config, workdir, data_dir)
 
 
-def test_in1k_lookup_b_and_the_robustness_sets(lookup_run):
+def test_in1k_lookup_b_and_the_test_sets(lookup_run):
   _, rows = lookup_run
-  splits = {"minival", "val", "real", "o", *ROBUSTNESS}
+  others = [row for row in rows if row["split"] in ("c", "o")]
+  rows = [row for row in rows if row not in others]
+  splits = {"minival", "val", "real", "v2", "sketch", "a", "r"}
   assert_complete(rows, splits, {"2x2"})
+  c, o = sorted(others, key=lambda row: row["split"])
+  assert c["split"] == "c" and c["grid"] == o["grid"] == "2x2"
+  [val] = [row for row in rows if row["split"] == "val"]
+  assert c["top1"] == val["top1"]
+  assert c["fog_3"] == c["top1_corrupted"] == 1 - c["mce"]
+  assert c["relative_mce"] == pytest.approx(c["top1"] - c["fog_3"])
+  assert 0 < o["aupr"] <= 1
+
+
+def test_classes_are_numbered_as_those_of_imagenet(data_dir):
+  names = tfds.builder_cls("imagenet2012")().info.features["label"].names
+  assert names == sorted(names)
+  for name in ("imagenet_a", "imagenet_r", "imagenet2012_corrupted/fog_3"):
+    builder = tfds.builder(name, data_dir=data_dir)
+    assert builder.info.features["label"].names == names
+  # The first of ImageNet-A's, by the two lists of its authors: eval.py and
+  # eval_many_models.py of https://github.com/hendrycks/natural-adv-examples.
+  wnids = ["n01498041", "n01531178", "n01534433", "n01558993", "n01580077"]
+  assert [names.index(wnid) for wnid in wnids] == [6, 11, 13, 15, 17]
+
+
+@pytest.mark.parametrize("name", ["imagenet_a", "imagenet_r"])
+def test_classes_that_occur(name, data_dir):
+  config = config_utils.load("configs/in1k_vit_b.py:variant=mu/8,res=40")
+  config.input.batch_size = 16
+  config.input.data.data_dir = data_dir
+  program = train_step.Program(config_utils.resolve(config), 20_000)
+  evals = config_utils.load("configs/evals_imagenet.py:res=40,batch=8")
+  fields = evals[name[-1]].to_dict()
+  assert fields.pop("type") == "classification"
+  fields["data"]["data_dir"] = data_dir
+  evaluator = classification.Evaluator(program, name, **fields)
+  labels = {example["label"] for example in sources(name, "test")}
+  assert evaluator.classes == tuple(sorted(labels))
 
 
 def test_in1k_vit_b(data_dir, tmp_path):

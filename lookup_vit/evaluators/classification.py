@@ -1,11 +1,9 @@
 """Top-1, top-5 and loss over a whole split, at every compressed grid."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-
-from lookup_vit import config_utils, datasets, parallel
+from lookup_vit import datasets
 from lookup_vit.evaluators import shared
 from lookup_vit.train_step import Program
 
@@ -28,9 +26,13 @@ class Evaluator:
       section 4.1).
     batch_size: global; that of training where none is given.
     grids: compressed grids; those of training where none are given.
+    classes: that are told apart, the model's by default; a list, or "present"
+      for those that occur as `label` in the split (of ImageNet-A and -R, 200 of
+      the 1000). The logits of others are left out before all metrics, and
+      examples of others do not count.
 
   Raises:
-    ValueError: data, grids or batch size that cannot work.
+    ValueError: data, grids, classes or batch size that cannot work.
   """
 
   def __init__(
@@ -43,6 +45,7 @@ class Evaluator:
     views: int = 1,
     batch_size: int | None = None,
     grids: list[Any] | None = None,
+    classes: str | Sequence[int] | None = None,
   ):
     config = program.config
     self.program = program
@@ -58,14 +61,15 @@ class Evaluator:
       f"config.evals.{name}.pp_fn",
       (field, views) if views > 1 else None,
     )
-    classes = datasets.num_classes(data)
+    count = datasets.num_classes(data)
     is_label = "labels" not in self.dataset.element_spec
-    if is_label and classes is not None and classes > config.num_classes:
+    if is_label and count is not None and count > config.num_classes:
       raise ValueError(
-        f"config.evals.{name}.data has {classes} classes, config.num_classes "
+        f"config.evals.{name}.data has {count} classes, config.num_classes "
         f"is {config.num_classes}."
       )
     self.grids = shared.check_grids(program, name, grids)
+    self.classes = shared.check_classes(program, name, data, classes)
 
   def batches(self) -> Iterator[dict[str, Any]]:
     """This process's batches of NumPy arrays, padding marked in `_mask`."""
@@ -91,19 +95,10 @@ class Evaluator:
     totals = {grid: {} for grid in self.grids}
     for batch in shared.progress(self.batches(), self.count, self.name):
       check()
-      batch = parallel.put_batch(batch, self.program.mesh)
-      for grid, total in totals.items():
-        sums = jax.device_get(self.program.evaluation_step(params, batch, grid))
-        for metric, value in sums.items():
-          total[metric] = total.get(metric, 0.0) + float(value)
+      shared.add_sums(totals, self.program, params, batch, self.classes)
     for grid, total in totals.items():
-      examples, seen = total.pop("examples"), total.pop("seen")
-      if seen != self.examples:
-        raise RuntimeError(
-          f"{self.name}: saw {seen:.0f} of {self.examples} examples."
-        )
-      where = self.name
-      if grid is not None:
-        where += "/" + config_utils.format_grid(grid)
-      for metric, value in total.items():
-        yield f"{where}/{metric}", value / examples
+      prefix = shared.metric_prefix(self.name, grid)
+      for metric, value in shared.means(
+        total, self.examples, self.name
+      ).items():
+        yield prefix + metric, value

@@ -1,14 +1,14 @@
-"""What evaluators share: their batches, grids, and word of how far they are."""
+"""What evaluators share: batches, grids, classes, sums, and their progress."""
 
 import datetime
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from lookup_vit import input_pipeline, parallel
+from lookup_vit import config_utils, datasets, input_pipeline, parallel
 from lookup_vit.models import tokens
 from lookup_vit.train_step import Program
 
@@ -50,6 +50,48 @@ def make_batches(
     process_count=jax.process_count(),
   )
   return batches, count, batch_size
+
+
+def check_classes(
+  program: Program,
+  name: str,
+  data: Mapping[str, Any],
+  classes: str | Sequence[int] | None,
+) -> tuple[int, ...] | None:
+  """The classes that an evaluation is restricted to, in order; None: to none.
+
+  Args:
+    program: of the model.
+    name: of the evaluator.
+    data: the data set that has the classes.
+    classes: None; a list; or "present", for those of the feature `label` that
+      occur in the split, which is read for it.
+
+  Raises:
+    ValueError: classes that the model does not have, or that are given twice;
+      "present" for data whose `label` is no class.
+  """
+  field = f"config.evals.{name}.classes={classes!r}"
+  if classes is None:
+    return None
+  if classes == "present":
+    if datasets.num_classes(data) is None:
+      raise ValueError(f"{field}: the data have no classes as 'label'.")
+    labels = input_pipeline.examples(data, pp="keep('label')")
+    classes = {int(example["label"]) for example in labels}
+  elif not isinstance(classes, list | tuple) or any(
+    type(c) is not int for c in classes
+  ):
+    raise ValueError(f"{field}: want 'present' or a list of integers.")
+  found, count = sorted(classes), program.config.num_classes
+  if not found or len(set(found)) < len(found):
+    raise ValueError(f"{field}: want one or more classes, each of them once.")
+  if found[0] < 0 or found[-1] >= count:
+    raise ValueError(
+      f"{field}: classes are {found[0]} to {found[-1]}, config.num_classes is "
+      f"{count}."
+    )
+  return tuple(found)
 
 
 def check_grids(
@@ -104,3 +146,56 @@ def progress(batches: Iterable[Any], count: int, name: str) -> Iterator[Any]:
         datetime.timedelta(seconds=left),
       )
     yield batch
+
+
+def metric_prefix(name: str, grid: Any) -> str:
+  """What the names of a grid's metrics begin with: `NAME/GRID/`, or `NAME/`."""
+  if grid is None:
+    return f"{name}/"
+  return f"{name}/{config_utils.format_grid(grid)}/"
+
+
+def add_sums(
+  totals: dict[Any, dict[str, float]],
+  program: Program,
+  params: Any,
+  batch: Mapping[str, Any],
+  classes: tuple[int, ...] | None = None,
+) -> None:
+  """Adds to each grid's sums those of the evaluation step over a batch.
+
+  Args:
+    totals: by grid, the sums by name.
+    program: of the model.
+    params: of the model.
+    batch: this process's slice of it.
+    classes: that are evaluated, see `Program.evaluation_step`.
+  """
+  batch = parallel.put_batch(batch, program.mesh)
+  for grid, total in totals.items():
+    sums = program.evaluation_step(params, batch, grid, classes)
+    for metric, value in jax.device_get(sums).items():
+      total[metric] = total.get(metric, 0.0) + float(value)
+
+
+def means(total: Mapping[str, float], size: int, name: str) -> dict[str, float]:
+  """Metrics of a split, from the sums over all of its batches.
+
+  Args:
+    total: the sums by name.
+    size: of the split.
+    name: of the evaluator, for messages.
+
+  Raises:
+    RuntimeError: examples were left out or came twice, or none counts.
+  """
+  examples, seen = total["examples"], total["seen"]
+  if seen != size:
+    raise RuntimeError(f"{name}: saw {seen:.0f} of {size} examples.")
+  if not examples:
+    raise RuntimeError(f"{name}: no example has one of the classes.")
+  return {
+    metric: value / examples
+    for metric, value in total.items()
+    if metric not in ("examples", "seen")
+  }

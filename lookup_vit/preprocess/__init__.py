@@ -6,6 +6,7 @@ from lookup_vit import quiet_tensorflow  # noqa: F401
 # An op exists once its module is imported.
 from lookup_vit.preprocess import (
   augment_ops,
+  corruptions,
   general_ops,
   image_ops,
   randaugment,
@@ -16,6 +17,7 @@ from lookup_vit.preprocess.registry import get_preprocess_fn, register
 
 __all__ = [
   "augment_ops",
+  "corruptions",
   "general_ops",
   "get_preprocess_fn",
   "image_ops",

@@ -144,6 +144,20 @@ def calls(pp: str, name: str) -> list[inspect.BoundArguments]:
   ]
 
 
+def insert_before(pp: str, name: str, op: str) -> str:
+  """Puts an op before the first one of a name.
+
+  Raises:
+    ValueError: the string has none of that name.
+  """
+  segments = _segments(pp)
+  places = [i for i, s in enumerate(segments) if _parse_call(s)[0] == name]
+  if not places:
+    raise ValueError(f"there is no op {name!r} in {pp!r}, to put {op} before")
+  segments.insert(places[0], op)
+  return "|".join(segments)
+
+
 def _segments(pp):
   return [s for s in (part.strip() for part in pp.split("|")) if s]
 

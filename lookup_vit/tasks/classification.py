@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -110,19 +111,25 @@ class Task:
     logits: Float[Array, "b classes"],
     out: dict[str, Any],
     batch: dict[str, Any],
+    classes: tuple[int, ...] | None = None,
   ) -> tuple[dict[str, Float[Array, " b"]], Float[Array, " b"]]:
     """Loss, top-1 and top-5 of each example, of every head, and its weight.
 
     Of multi-hot `labels`, any class counts as right (as ImageNet-ReaL does),
-    and an example without one has weight zero.
+    and an example without one has weight zero. Where `classes` are given, they
+    are all the classes there are: logits of others are left out.
     """
     targets = self.targets(batch)
-    counts = batch["_mask"]
-    if "labels" in batch:
-      counts = counts * (jnp.max(targets, axis=-1) > 0)
-    metrics = {}
     predictions = {"": logits}
     predictions.update({f"_{n}": x for n, x in _heads(out).items()})
+    if classes is not None:
+      columns = np.array(classes)
+      targets = targets[:, columns]
+      predictions = {k: x[:, columns] for k, x in predictions.items()}
+    counts = batch["_mask"]
+    if "labels" in batch or classes is not None:
+      counts = counts * (jnp.max(targets, axis=-1) > 0)
+    metrics = {}
     for suffix, x in predictions.items():
       metrics[f"loss{suffix}"] = self._xent(x, targets)
       _, best = jax.lax.top_k(x, min(5, x.shape[-1]))

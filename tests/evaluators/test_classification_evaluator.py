@@ -198,6 +198,56 @@ def test_vit_and_examples_without_a_label():
   check(got, {"real/loss": loss, "real/top1": top1, "real/top5": top5})
 
 
+# Of some of the classes.
+
+
+def of_classes(outputs, labels, classes):
+  """As `by_hand`, of the logits and the digits of these classes."""
+  some = [
+    ([z[classes] for z in heads], classes.index(label))
+    for heads, label in zip(outputs, labels, strict=True)
+    if label in classes
+  ]
+  return by_hand(*zip(*some, strict=True)), len(some)
+
+
+@pytest.mark.parametrize("pp", ["label", "labels"])
+def test_some_classes(program, params, outputs, digits, pp):
+  pp_fn = PP
+  if pp == "labels":
+    pp_fn = "decode|value_range(-1,1)|onehot(10,'label','labels')"
+    pp_fn += "|keep('image','labels')"
+  fields = dict(pp_fn=pp_fn, grids=[(2, 2)])
+  got = evaluate(program, params, classes=[9, 0, 3, 4, 1, 7], **fields)
+  metrics, count = of_classes(outputs[2, 2], digits[1], [0, 1, 3, 4, 7, 9])
+  assert 0 < count < COUNT
+  check(got, {f"val/2x2/{k}": v for k, v in metrics.items()})
+
+
+def test_classes_that_occur(program, params, outputs, digits):
+  data = dict(DATA, split="test[:4]")
+  classes = sorted(set(digits[1][:4]))
+  assert 1 < len(classes) < 10
+  fields = dict(data=data, grids=[(2, 2)], classes="present")
+  evaluator = Evaluator(program, "val", pp_fn=PP, **fields)
+  assert evaluator.classes == tuple(classes)
+  got = dict(evaluator.run(params))
+  metrics, count = of_classes(outputs[2, 2][:4], digits[1][:4], classes)
+  assert count == 4
+  check(got, {f"val/2x2/{k}": v for k, v in metrics.items()})
+  # Fewer than five classes.
+  assert got["val/2x2/top5"] == 1
+
+
+def test_no_example_has_one_of_the_classes(program, params, digits):
+  data, label = dict(DATA, split="test[:1]"), digits[1][0]
+  fields = dict(data=data, pp_fn=PP, grids=[(2, 2)])
+  other = (label + 1) % 10
+  evaluator = Evaluator(program, "val", **fields, classes=[other])
+  with pytest.raises(RuntimeError, match="val: no example has one of the"):
+    list(evaluator.run(params))
+
+
 # Errors.
 
 
@@ -230,6 +280,14 @@ def test_vit_and_examples_without_a_label():
     # The lookup grid is 4 x 4.
     (dict(grids=[(5, 5)]), ["config.evals.val.grids", "(5, 5)", "(4, 4)"]),
     (dict(grids=[(2, 2, 2)]), ["config.evals.val.grids", "(2, 2, 2)"]),
+    (dict(classes="some"), ["config.evals.val.classes='some'", "'present'"]),
+    (dict(classes=3), ["config.evals.val.classes=3", "a list of integers"]),
+    (dict(classes=[]), ["config.evals.val.classes=[]", "one or more"]),
+    (dict(classes=[1, 2, 1]), ["val.classes=[1, 2, 1]", "each of them once"]),
+    (dict(classes=[1, 10]), ["classes are 1 to 10", "num_classes is 10"]),
+    (dict(classes=[-1]), ["config.evals.val.classes=[-1]", "-1 to -1"]),
+    (dict(classes=[1.0]), ["config.evals.val.classes=[1.0]", "integers"]),
+    (dict(classes=[True]), ["config.evals.val.classes=[True]", "integers"]),
   ],
 )
 def test_errors(program, fields, words):

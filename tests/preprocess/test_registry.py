@@ -156,3 +156,20 @@ def test_onehot_keys():
   )
   assert out["y"].numpy() == 1
   assert out["z"].numpy().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+  "pp, want",
+  [
+    ("decode|flip_lr", "decode|x(1)|flip_lr"),
+    (" flip_lr() ||decode|flip_lr", "x(1)|flip_lr()|decode|flip_lr"),
+  ],
+)
+def test_an_op_is_put_before_another(pp, want):
+  assert registry.insert_before(pp, "flip_lr", "x(1)") == want
+
+
+def test_there_is_no_op_to_put_another_before():
+  words = r"no op 'flip_lr' in 'decode\|keep\(\"flip_lr\"\)', to put x\(1\)"
+  with pytest.raises(ValueError, match=words):
+    registry.insert_before('decode|keep("flip_lr")', "flip_lr", "x(1)")
