@@ -7,7 +7,8 @@ python -m lookup_vit.evaluate --workdir=workdirs/digits_lookup \
 `--evals` lists what to run: evaluators of the run's config by their names;
 types (files of `lookup_vit/evaluators`), on the data of the config's first
 evaluator, with the fields that they have by default; or `FILE.py[:ARGS]`, whose
-`get_config` returns evaluators by name, as `config.evals` has them.
+`get_config` returns evaluators by name, as `config.evals` has them. The flag
+may be given several times.
 """
 
 import json
@@ -145,6 +146,15 @@ def choose(
   return chosen
 
 
+def split(values: Sequence[str]) -> list[str]:
+  """Values of `--evals` as a list; a file's arguments have commas too."""
+  return [
+    item
+    for value in values
+    for item in ([value] if ".py" in value else value.split(","))
+  ]
+
+
 def _by_default(config, kind):
   """An evaluator of a type, on the data of the config's first one."""
   for fields in config.evals.values():
@@ -181,7 +191,7 @@ def main(argv):
     grids = [config_utils.parse_grid(text) for text in FLAGS.grid]
   rows = evaluate(
     *(FLAGS.workdir, FLAGS.step, FLAGS.batch_size, lay_out),
-    *(FLAGS.evals, grids),
+    *(split(FLAGS.evals), grids),
   )
   if jax.process_index() == 0:
     print(accuracy_vs_flops.table(rows))
@@ -189,7 +199,11 @@ def main(argv):
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Of a training run.", required=True)
-  flags.DEFINE_list("evals", [], "Names, types, files; the config's if empty.")
+  flags.DEFINE_multi_string(
+    "evals",
+    [],
+    "Names and types, with commas; or one file; the config's if empty.",
+  )
   flags.DEFINE_list("grid", [], "Compressed grids, 3x3,5x5.")
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
   flags.DEFINE_integer("batch_size", None, "The config's if not set.")

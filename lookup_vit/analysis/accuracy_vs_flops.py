@@ -15,6 +15,7 @@ from absl import flags
 from etils import epath
 
 from lookup_vit import cli, config_utils
+from lookup_vit.analysis import corruption_error
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -95,13 +96,21 @@ def _is_accuracy(row):
 
 
 def _metrics_table(rows):
-  """Metrics below one another, grids side by side, values as they are."""
+  """Metrics below one another, grids side by side, values as they are.
+
+  Of a corruption's severities, the mean.
+  """
   grids = list(dict.fromkeys(r["grid"] for r in rows))
   found = {}
   for r in rows:
+    each = {}
     for name in [k for k in r if k not in _ABOUT]:
-      values = found.setdefault((_name(r), r["split"], name), {})
-      values[r["grid"]] = r[name]
+      stem, _, severity = name.rpartition("_")
+      of_corruption = stem in corruption_error.ALEXNET and severity.isdigit()
+      each.setdefault(stem if of_corruption else name, []).append(r[name])
+    for name, values in each.items():
+      row = found.setdefault((_name(r), r["split"], name), {})
+      row[r["grid"]] = np.mean(values)
   head = ["model", "evaluation", "metric", *(grid or "-" for grid in grids)]
   lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
   for key, values in found.items():

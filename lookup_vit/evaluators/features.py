@@ -100,10 +100,8 @@ class Probe:
       part.extract(params, self.grids, check, workdir) for part in parts
     ]
     for grid in self.grids:
-      where = [self.name]
-      if grid is not None:
-        where.append(config_utils.format_grid(grid))
-      yield "/".join(where), train[grid], test[grid]
+      where = shared.metric_prefix(self.name, grid)
+      yield where, train[grid], test[grid]
 
 
 class Features:

@@ -111,9 +111,9 @@ class Evaluator:
           x, label = train.x[places], train.label[places]
           best = predict(x, label, test.x, classes)
           found.append(np.mean(best == test.label))
-        yield f"{where}/{shots}_shot", float(np.mean(found))
+        yield f"{where}{shots}_shot", float(np.mean(found))
         if self.seeds > 1:
-          yield f"{where}/{shots}_shot_std", float(np.std(found, ddof=1))
+          yield f"{where}{shots}_shot_std", float(np.std(found, ddof=1))
 
 
 def draw(

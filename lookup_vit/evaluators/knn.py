@@ -97,4 +97,4 @@ class Evaluator:
         check()
         model = neighbors.KNeighborsClassifier(k, metric=self.metric)
         best = model.fit(train.x, train.label).predict(test.x)
-        yield f"{where}/{k}_nn", float(np.mean(best == test.label))
+        yield f"{where}{k}_nn", float(np.mean(best == test.label))

@@ -102,8 +102,8 @@ class Evaluator:
       examples = self._put(train.x, train.label)
       found = logistic_regression.fit(examples, classes, c, self.max_steps)
       examples = self._put(test.x, test.label)
-      yield f"{where}/top1", logistic_regression.accuracy(found, examples)
-      yield f"{where}/C", float(c)
+      yield f"{where}top1", logistic_regression.accuracy(found, examples)
+      yield f"{where}C", float(c)
 
   def _put(self, x, label):
     return logistic_regression.put(x, label, self.mesh)
@@ -126,7 +126,7 @@ class Evaluator:
 
     c, scores = logistic_regression.search(score)
     log.info(
-      "%s: C=%.3g, of %d tried: %.2f%% on %d held out (%.0f s).",
+      "%s C=%.3g, of %d tried: %.2f%% on %d held out (%.0f s).",
       *(where, c, len(scores), 100 * max(scores.values()), len(held)),
       time.monotonic() - start,
     )

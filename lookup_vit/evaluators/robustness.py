@@ -65,8 +65,12 @@ class Evaluator:
     where = f"config.evals.{name}"
     self.program = program
     self.name = name
-    self.corruptions = _some(f"{where}.corruptions", corruptions, ops.NAMES)
-    self.severities = _some(f"{where}.severities", severities, ops.SEVERITIES)
+    self.corruptions = shared.some(
+      f"{where}.corruptions", corruptions, ops.NAMES
+    )
+    self.severities = shared.some(
+      f"{where}.severities", severities, ops.SEVERITIES
+    )
     self.reference = self._check_reference(f"{where}.reference", reference)
     # It checks what does not depend on the corruption.
     self._clean = classification.Evaluator(
@@ -186,22 +190,6 @@ class Evaluator:
         errors, 1 - clean, reference.get("errors"), reference.get("clean")
       ),
     }
-
-
-def _some(field, given, there):
-  """Those that are given, in the order of those that there are; or all."""
-  if given is None:
-    return there
-  if (
-    isinstance(given, str)
-    or not given
-    or any(isinstance(x, bool) or x not in there for x in given)
-    or len(set(given)) < len(given)
-  ):
-    raise ValueError(
-      f"{field}={given!r}: want a list of some of {', '.join(map(str, there))}."
-    )
-  return tuple(x for x in there if x in given)
 
 
 def _check_template(field, corrupted):

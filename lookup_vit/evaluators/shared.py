@@ -130,6 +130,28 @@ def positive(field: str, value: Any) -> int:
   return value
 
 
+def some(
+  field: str, given: Sequence[Any] | None, there: Sequence[Any]
+) -> tuple[Any, ...]:
+  """Those that are given, in the order of those that there are; or all.
+
+  Raises:
+    ValueError: none, one that there is not, or one twice; `field` is named.
+  """
+  if given is None:
+    return tuple(there)
+  if (
+    isinstance(given, str)
+    or not given
+    or any(isinstance(x, bool) or x not in there for x in given)
+    or len(set(given)) < len(given)
+  ):
+    raise ValueError(
+      f"{field}={given!r}: want a list of some of {', '.join(map(str, there))}."
+    )
+  return tuple(x for x in there if x in given)
+
+
 def progress(batches: Iterable[Any], count: int, name: str) -> Iterator[Any]:
   """The batches; says now and then how many there were, and what is left."""
   start = said = time.monotonic()

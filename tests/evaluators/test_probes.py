@@ -104,7 +104,7 @@ def test_features_are_those_of_single_examples(
   program, params, wanted, asked, kinds
 ):
   found = extract(program, params, **asked)
-  assert [where for where, *_ in found] == ["probe/2x2", "probe/1x3"]
+  assert [where for where, *_ in found] == ["probe/2x2/", "probe/1x3/"]
   for grid, (_, *splits) in zip(program.grids, found, strict=True):
     for name, split in zip(("train", "test"), splits, strict=True):
       want = np.concatenate([wanted[name, grid, k] for k in kinds], axis=-1)
