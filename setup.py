@@ -17,6 +17,7 @@ setup(
     "importlib_resources",  # TFDS needs it and does not say so.
     "jax>=0.10",
     "jaxtyping",
+    "markdown",
     "matplotlib",
     "ml_collections>=1.1",
     "numpy",

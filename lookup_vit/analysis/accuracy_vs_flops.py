@@ -5,6 +5,7 @@ python -m lookup_vit.analysis.accuracy_vs_flops \
         --output=workdirs/accuracy_vs_flops.png
 """
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,7 +33,7 @@ METRICS = {"top1": "top-1 (%)", "CIDEr": "CIDEr x 100"}
 
 # Fields of a row that are no metrics.
 _ABOUT = (
-  *("model", "variant", "grid", "trained_grids", "split"),
+  *("model", "variant", "grid", "trained_grids", "split", "type"),
   *("parameters", "gflops", "views", "tokens"),
 )
 
@@ -109,7 +110,7 @@ def _metrics_table(rows):
       of_corruption = stem in corruption_error.ALEXNET and severity.isdigit()
       each.setdefault(stem if of_corruption else name, []).append(r[name])
     for name, values in each.items():
-      row = found.setdefault((_name(r), r["split"], name), {})
+      row = found.setdefault((model_name(r), r["split"], name), {})
       row[r["grid"]] = np.mean(values)
   head = ["model", "evaluation", "metric", *(grid or "-" for grid in grids)]
   lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -126,7 +127,7 @@ def _table(rows, metrics, digits):
   head += ["tokens"] * has_tokens + [*metrics.values()]
   lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
   for r in rows:
-    cells = [_name(r), r["grid"] or "-", r["split"], _gflops(r)]
+    cells = [model_name(r), r["grid"] or "-", r["split"], _gflops(r)]
     cells.append(f"{r['parameters'] / 1e6:.2f}")
     cells += [str(r["tokens"])] if has_tokens else []
     cells += [
@@ -142,7 +143,7 @@ def _metric(rows):
   return (found or [*METRICS])[0]
 
 
-def _name(row):
+def model_name(row: Row) -> str:
   """Of the model: its kind, variant, and whether it saw one grid alone."""
   name = f"{_NAMES.get(row['model'], row['model'])} {row['variant']}"
   return name + ", one grid" * (len(row.get("trained_grids", ())) == 1)
@@ -165,7 +166,7 @@ def over_seeds(rows: Sequence[Row]) -> str:
   groups: dict[tuple[Any, ...], list[Row]] = {}
   for r in rows:
     trained = tuple(r.get("trained_grids", ()))
-    key = (_name(r), trained, r["grid"], r["split"])
+    key = (model_name(r), trained, r["grid"], r["split"])
     groups.setdefault(key, []).append(r)
   metric = _metric(rows)
   lines = [
@@ -186,7 +187,12 @@ def over_seeds(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: str) -> None:
-  """Draws top-1, or the CIDEr of captions, over GFLOPs as a PNG.
+  """Writes what `draw` makes."""
+  epath.Path(path).write_bytes(draw(rows))
+
+
+def draw(rows: Sequence[Row]) -> bytes:
+  """Draws top-1, or the CIDEr of captions, over GFLOPs; returns a PNG.
 
   A line for each model and split; runs that were trained at a single grid each
   are a dashed one.
@@ -196,7 +202,7 @@ def plot(rows: Sequence[Row], path: str) -> None:
   metric = _metric(rows)
   for r in rows:
     if metric in r:
-      series.setdefault(f"{_name(r)}, {r['split']}", []).append(r)
+      series.setdefault(f"{model_name(r)}, {r['split']}", []).append(r)
   for label, points in series.items():
     points = sorted(points, key=lambda r: r["gflops"])
     single = len(points[0].get("trained_grids", ())) == 1
@@ -215,9 +221,10 @@ def plot(rows: Sequence[Row], path: str) -> None:
   axes.margins(y=0.2)
   axes.grid(alpha=0.3)
   axes.legend()
-  with epath.Path(path).open("wb") as f:
-    figure.savefig(f, dpi=150, format="png")
+  buffer = io.BytesIO()
+  figure.savefig(buffer, dpi=150, format="png")
   plt.close(figure)
+  return buffer.getvalue()
 
 
 def main(argv):

@@ -98,6 +98,7 @@ def results(
         "grid": grid,
         "trained_grids": trained,
         "split": evaluator,
+        "type": config.evals.get(evaluator, {}).get("type"),
         "parameters": costs[grid].params,
         "gflops": costs[grid].xla_flops / 1e9,
         "views": config.evals.get(evaluator, {}).get("views") or 1,

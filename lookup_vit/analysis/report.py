@@ -1,0 +1,412 @@
+r"""One page on any runs: tables, figures, and what is missing.
+
+python -m lookup_vit.analysis.report --output=report.html \
+        --workdirs=workdirs/lookup_0,workdirs/lookup_1,workdirs/vit_0
+
+The page is self-contained: HTML, or Markdown where the output ends in `.md`.
+Runs that differ in their seed alone are a row, with mean and standard deviation
+(over n - 1). What was evaluated after training counts too, of the newest
+checkpoint (`evaluation_STEP.json`).
+"""
+
+import base64
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import markdown
+import matplotlib
+import numpy as np
+from absl import flags
+from etils import epath
+
+from lookup_vit import cli, config_utils
+from lookup_vit.analysis import ablations, accuracy_vs_flops, corruption_error
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+FLAGS = flags.FLAGS
+
+# Columns of the main table: title, types of evaluators, metric, and by what it
+# is multiplied. An evaluator of the first type that a run has counts.
+COLUMNS = (
+  ("top-1 (%)", "classification", "top1", 100),
+  ("linear probe (%)", "linear_probe", "top1", 100),
+  ("10-shot (%)", "few_shot", "10_shot", 100),
+  ("20-NN (%)", "knn", "20_nn", 100),
+  ("mean corruption error (%)", "robustness", "mce", 100),
+  ("feature distance", "feature_distance", "distance", 1),
+  ("ms an image", "speed", "ms", 1),
+)
+
+_STYLE = (
+  "body{font-family:sans-serif;max-width:72em;margin:2em auto;padding:0 1em}"
+  "table{border-collapse:collapse;margin:1em 0}"
+  "td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}"
+  "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a work directory holds.
+
+  Attributes:
+    workdir: the directory.
+    rows: of results, as `summary.results` makes them, newer ones in place of
+      older.
+    distances: histograms of `evaluators/feature_distance.py`.
+    pictures: of attention, by title: PNGs.
+  """
+
+  workdir: str
+  rows: list[dict[str, Any]]
+  distances: list[dict[str, Any]]
+  pictures: dict[str, bytes]
+
+
+def read(workdir: str) -> Run:
+  """Reads what a run, and evaluations after it, have left.
+
+  Raises:
+    ValueError: it is no work directory, or a file of results is damaged.
+  """
+  config_utils.read_workdir(workdir)
+  folder = config_utils.workdir_path(workdir)
+  found: dict[tuple[str, str | None], dict[str, Any]] = {}
+  evaluations = sorted(
+    folder.glob("evaluation_*.json"),
+    key=lambda path: int(path.stem.rpartition("_")[2]),
+  )
+  for path in [folder / "results.json", *evaluations[-1:]]:
+    if path.exists():
+      for row in _read_json(path):
+        found[row["split"], row["grid"]] = row
+  distances = []
+  for path in sorted(folder.glob("feature_distance_*.json")):
+    distances += _read_json(path)
+  path = folder / "attention_maps.png"
+  pictures = {workdir: path.read_bytes()} if path.exists() else {}
+  return Run(workdir, list(found.values()), distances, pictures)
+
+
+def _read_json(path):
+  try:
+    return json.loads(path.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    raise ValueError(f"{path} is damaged: {e}.") from None
+
+
+def groups(runs: Sequence[Run]) -> dict[tuple[str, ...], list[Run]]:
+  """Runs by model and grids of training, for those that have results."""
+  found: dict[tuple[str, ...], list[Run]] = {}
+  for run in runs:
+    if run.rows:
+      row = run.rows[0]
+      trained = ", ".join(row.get("trained_grids", ()))
+      name = accuracy_vs_flops.model_name(row)
+      found.setdefault((name, trained), []).append(run)
+  return found
+
+
+def _grids(runs):
+  """Grids that one of the runs was evaluated at, the smallest first."""
+  found = dict.fromkeys(row["grid"] for run in runs for row in run.rows)
+  size = lambda grid: math.prod(config_utils.parse_grid(grid))  # noqa: E731
+  return sorted(found, key=lambda grid: size(grid) if grid else 0)
+
+
+def values(
+  runs: Sequence[Run], grid: str | None, kind: str, metric: str
+) -> np.ndarray:
+  """A metric of each run that has it, of its first evaluator of a type."""
+  found = []
+  for run in runs:
+    there = [
+      row[metric]
+      for row in run.rows
+      if (row.get("type"), row["grid"]) == (kind, grid) and metric in row
+    ]
+    found += there[:1]
+  return np.array(found)
+
+
+def _mean(x, factor=1.0, digits=2):
+  """Mean, with the standard deviation where there are several."""
+  if not len(x):
+    return "-"
+  text = f"{factor * x.mean():.{digits}f}"
+  if len(x) > 1:
+    text += f" ± {factor * x.std(ddof=1):.{digits}f}"
+  return text
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+  rows = [head, ["---"] * len(head), *lines]
+  return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+# Sections: each gives the lines of Markdown of what there is, or none.
+
+
+def main_table(runs: Sequence[Run]) -> str:
+  """A row for each model and grid; GFLOPs count a multiply-add as two."""
+  head = ["model", "trained at", "grid", "runs", "GFLOPs"]
+  lines = []
+  for (name, trained), members in groups(runs).items():
+    for grid in _grids(members):
+      gflops = next(
+        row["gflops"]
+        for run in members
+        for row in run.rows
+        if row["grid"] == grid
+      )
+      cells = [name, trained or "-", grid or "-", str(len(members))]
+      cells.append(f"{gflops:.3g}")
+      for _, kind, metric, factor in COLUMNS:
+        digits = 2 if factor == 100 else 3
+        cells.append(_mean(values(members, grid, kind, metric), factor, digits))
+      lines.append(cells)
+  return _table([*head, *(title for title, *_ in COLUMNS)], lines)
+
+
+def missing(runs: Sequence[Run]) -> str:
+  """What the main table lacks, and the commands that make it."""
+  lines = []
+  for run in runs:
+    if not run.rows:
+      lines.append(
+        f"- `{run.workdir}`: no results yet. Train it to its end: "
+        "`python -m lookup_vit.train` with its config."
+      )
+      continue
+    lacking = [
+      kind
+      for _, kind, metric, _ in COLUMNS
+      if not any(row.get("type") == kind and metric in row for row in run.rows)
+    ]
+    if lacking:
+      lines.append(
+        f"- `{run.workdir}`: {', '.join(lacking)}. `python -m "
+        f"lookup_vit.evaluate --workdir={run.workdir} "
+        f"--evals={','.join(lacking)}`"
+      )
+  return "\n".join(lines) or "Nothing of the tables."
+
+
+def corruption_table(runs: Sequence[Run]) -> str:
+  """Top-1 under each corruption, mean over severities (and seeds)."""
+  head, columns = ["corruption"], []
+  for (name, trained), members in groups(runs).items():
+    for grid in _grids(members):
+      if len(values(members, grid, "robustness", "mce")):
+        head.append(" ".join(filter(None, [name, trained and grid])))
+        columns.append((members, grid))
+  lines = []
+  for corruption in corruption_error.ALEXNET:
+    cells = []
+    for members, grid in columns:
+      each = [
+        values(members, grid, "robustness", f"{corruption}_{s}").mean()
+        for s in range(1, 6)
+        if len(values(members, grid, "robustness", f"{corruption}_{s}"))
+      ]
+      cells.append(f"{100 * np.mean(each):.2f}" if each else "-")
+    if any(cell != "-" for cell in cells):
+      lines.append([corruption, *cells])
+  return _table(head, lines) if lines else ""
+
+
+def severity_curves(runs: Sequence[Run], axes: Any) -> bool:
+  """Top-1 over severity, mean over corruptions and seeds."""
+  drawn = False
+  for (name, trained), members in groups(runs).items():
+    for grid in _grids(members):
+      y = []
+      for s in range(1, 6):
+        each = [
+          values(members, grid, "robustness", f"{c}_{s}")
+          for c in corruption_error.ALEXNET
+        ]
+        each = np.concatenate([np.zeros(0), *each])
+        y.append(100 * each.mean() if len(each) else np.nan)
+      if not np.all(np.isnan(y)):
+        label = " ".join(filter(None, [name, trained and grid]))
+        clean = values(members, grid, "robustness", "top1")
+        axes.plot(range(6), [100 * clean.mean(), *y], "o-", label=label)
+        drawn = True
+  axes.set_xlabel("severity (0: as they are)")
+  axes.set_ylabel("top-1 (%)")
+  return drawn
+
+
+def distance_curves(runs: Sequence[Run], axes: Any) -> bool:
+  """Distribution of the features' distances, over severities and seeds."""
+  drawn = False
+  for (name, trained), members in groups(runs).items():
+    found: dict[str | None, list[list[float]]] = {}
+    for run in members:
+      for histogram in run.distances:
+        found.setdefault(histogram["grid"], []).append(histogram["shares"])
+    for grid, shares in found.items():
+      mean = np.mean(shares, axis=0)
+      middles = (np.arange(len(mean)) + 0.5) * 2 / len(mean)
+      label = " ".join(filter(None, [name, trained and grid]))
+      axes.plot(middles, mean * len(mean) / 2, label=label)
+      drawn = True
+  axes.set_xlabel("distance from the clean image's features (1: another image)")
+  axes.set_ylabel("density")
+  return drawn
+
+
+def multi_resolution(runs: Sequence[Run]) -> str:
+  """Top-1 of one model at all grids beside those trained at one grid each."""
+  found = groups(runs)
+  single = [g for (_, trained), g in found.items() if trained.count("x") == 1]
+  lines, head = [], []
+  for (name, trained), members in found.items():
+    if "," not in trained or not single:
+      continue
+    grids = _grids(members)
+    head = ["trained at", *(grid or "-" for grid in grids)]
+    for (other, at), some in found.items():
+      if other.removesuffix(", one grid") == name and at:
+        cells = [
+          _mean(values(some, grid, "classification", "top1"), 100)
+          for grid in grids
+        ]
+        lines.append([at, *cells])
+  return _table(head, lines) if lines else ""
+
+
+def _figure(draw: Callable[[Sequence[Run], Any], bool], runs) -> bytes | None:
+  figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+  try:
+    if not draw(runs, axes):
+      return None
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    return buffer.getvalue()
+  finally:
+    plt.close(figure)
+
+
+def _accuracy_figure(runs):
+  rows = [
+    row
+    for run in runs
+    for row in run.rows
+    if row.get("type") == "classification"
+  ]
+  return accuracy_vs_flops.draw(rows) if rows else None
+
+
+def _ablations(runs):
+  """Tables of `ablations.py`, where runs differ in more than seed and kind."""
+  some = [
+    run
+    for run in runs
+    if run.rows and any(row.get("trained_grids") for row in run.rows)
+  ]
+  found = [ablations.read(run.workdir) for run in some]
+  return ablations.report(found) if len(ablations.group(found)) > 1 else ""
+
+
+def page(runs: Sequence[Run], folders: Sequence[str] = ()) -> str:
+  """The page in Markdown, pictures within.
+
+  Args:
+    runs: at least one.
+    folders: of benchmarks' output, whose tables and plots are taken over.
+  """
+  parts = ["# LookupViT: report", main_table(runs)]
+  absent = []
+
+  def add(title, content, how):
+    if not content:
+      absent.append(f"- {title}: {how}")
+      return
+    if isinstance(content, bytes):
+      content = _embed(title, content)
+    parts.extend([f"## {title}", content])
+
+  evaluated = "`python -m lookup_vit.evaluate --evals={}`"
+  add(
+    "Accuracy against FLOPs",
+    _accuracy_figure(runs),
+    evaluated.format("NAME") + " of a classification evaluator",
+  )
+  add(
+    "One model at many budgets",
+    multi_resolution(runs),
+    "give a run at several grids, and runs at one grid each",
+  )
+  how = evaluated.format("robustness")
+  add("Top-1 under corruption (%)", corruption_table(runs), how)
+  add("Top-1 over severity", _figure(severity_curves, runs), how)
+  how = evaluated.format("feature_distance")
+  add("Feature distance", _figure(distance_curves, runs), how)
+  tables = _ablations(runs)
+  add("Ablations and stability", tables, "`bash launch/ablations.sh`")
+  content = [
+    _embed(title, picture)
+    for run in runs
+    for title, picture in run.pictures.items()
+  ]
+  how = "`python -m lookup_vit.analysis.attention_maps`"
+  add("Attention maps", "\n\n".join(content), how)
+  content = []
+  for folder in folders:
+    for path in sorted(epath.Path(folder).glob("*.md")):
+      content.append(path.read_text())
+    for path in sorted(epath.Path(folder).glob("*.png")):
+      content.append(_embed(path.stem, path.read_bytes()))
+  how = "`python -m benchmarks.resolution --output=DIR`, and `--benchmarks=DIR`"
+  add("Resolution", "\n\n".join(content), how)
+  parts += ["## Missing", "\n".join([missing(runs), *absent])]
+  return "\n\n".join(parts) + "\n"
+
+
+def _embed(title, picture):
+  data = base64.b64encode(picture).decode()
+  return f"![{title}](data:image/png;base64,{data})\n\n{title}"
+
+
+def write(path: str, text: str) -> None:
+  """Writes a page, as HTML unless the path ends in `.md`."""
+  path = epath.Path(path)
+  if path.suffix != ".md":
+    body = markdown.markdown(text, extensions=["tables", "sane_lists"])
+    text = (
+      '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+      f"<title>LookupViT: report</title><style>{_STYLE}</style></head>\n"
+      f"<body>\n{body}\n</body></html>\n"
+    )
+  path.write_text(text)
+
+
+def main(argv):
+  """Writes the page of the runs that the flags name."""
+  del argv
+  folders = FLAGS.benchmarks
+  for folder in folders:
+    if not epath.Path(folder).is_dir():
+      raise ValueError(f"--benchmarks: {folder} is no directory.")
+  runs = [read(workdir) for workdir in FLAGS.workdirs]
+  if not any(run.rows for run in runs):
+    raise ValueError("--workdirs: none has results yet.")
+  write(FLAGS.output, page(runs, folders))
+  print(f"Written: {FLAGS.output}")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_list("workdirs", None, "Work directories.", required=True)
+  flags.DEFINE_list("benchmarks", [], "Output of benchmarks.resolution.")
+  flags.DEFINE_string("output", "report.html", "The page, .html or .md.")
+  cli.run(main)
