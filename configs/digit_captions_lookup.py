@@ -89,7 +89,7 @@ def _classify(config, encoder):
   config.model.head_bias_init = -4.0
   config.num_classes = _PARTS
   config.loss = "sigmoid_xent"
-  config.total_epochs = 10.0
+  config.total_epochs = 7.0
   pp = (
     f"value_range(-1,1)|onehot({_PARTS},'parts','labels')"
     "|keep('image','labels')"
@@ -117,7 +117,7 @@ def _caption(config, encoder, arg):
   )
   config.tokenizer = arg.tokenizer
   config.model_init = arg.encoder or None
-  config.total_epochs = 6.0
+  config.total_epochs = 5.0
   pp = "decode|value_range(-1,1)"
   config.input.pp = common.caption_ops(pp, arg.tokenizer, _LENGTH)
   config.evals = dict(
