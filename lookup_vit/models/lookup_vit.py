@@ -108,12 +108,12 @@ class LookupViT(nn.Module):
   `grid` is the compressed grid, the model's own where none is given.
 
   Returns `(logits, out)`: float32 logits `[batch, classes]`, the mean of both
-  heads', and a dict with `logits_compressed` and `logits_lookup [batch,
-  classes]`, `pre_logits_compressed` and `pre_logits_lookup [batch, width]`, and
-  what `capture` asks for, with `m` compressed and `n` lookup tokens. Of a
-  single head (`heads`) there are its logits alone. Where `num_classes` is None
-  there are none, and the compressed pre-logits (with heads="lookup", those of
-  the lookup tokens) stand for the mean.
+  heads' (where `num_classes` is None, the compressed pre-logits, or with
+  heads="lookup" those of the lookup tokens), and a dict with
+  `logits_compressed` and `logits_lookup [batch, classes]` (of a single head,
+  its logits alone), `pre_logits_compressed` and `pre_logits_lookup [batch,
+  width]`, and what `capture` asks for, with `m` compressed and `n` lookup
+  tokens:
     "tokens": `compressed_tokens [batch, m, width]` and `lookup_tokens [batch,
       n, width]`, after the last norms, and `block_compressed_tokens` and
       `block_lookup_tokens`, after each block, stacked on axis 0;
