@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from lookup_vit import config_utils
-from lookup_vit.models import inflation, layers
+from lookup_vit.models import inflation, layers, tokens
 
 log = logging.getLogger("lookup_vit")
 
@@ -307,11 +307,12 @@ def init_from(
 ) -> Any:
   """Parameters that start from another run's checkpoint (`config.model_init`).
 
-  Blocks are converted between the layouts of scan and loop, positions resized
-  (linearly) where the grids differ; heads keep their fresh values where the
-  shapes differ. For a video model, those of an image model are inflated
-  (`models/inflation.py`). A captioner's encoder starts from a checkpoint of the
-  encoder alone. What was not loaded is logged.
+  Blocks are converted between the layouts of scan and loop; positions, and
+  learned compressed tokens, are resized (linearly) where the grids differ;
+  heads keep their fresh values where the shapes differ. For a video model,
+  those of an image model are inflated (`models/inflation.py`). A captioner's
+  encoder starts from a checkpoint of the encoder alone. What was not loaded is
+  logged.
 
   Args:
     spec: `WORKDIR` or `WORKDIR:STEP`.
@@ -353,7 +354,7 @@ def init_from(
       result[name] = value
       fresh.append(name if name.startswith("head") else name.split("/")[0])
     elif (
-      name.split("/")[-1] == "pos_embedding"
+      name.split("/")[-1] in tokens.GRIDS
       and got is not None
       and (got.ndim, got.shape[-1]) == (value.ndim, value.shape[-1])
     ):

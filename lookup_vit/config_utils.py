@@ -165,7 +165,7 @@ _WANTED = {
 
 # Fields that may differ when a work directory is taken up again: none of them
 # changes what is learned.
-_FREE = (
+FREE = (
   "evals",
   "mesh",
   "sharding",
@@ -344,7 +344,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     if isinstance(x, dict) and isinstance(y, dict):
       for name in sorted({*x, *y}):
         path = f"{where}.{name}" if where else name
-        if path not in _FREE:
+        if path not in FREE:
           compare(x.get(name), y.get(name), path)
     elif dicts(x) and dicts(y) and len(x) == len(y):
       for one, other in zip(x, y, strict=True):

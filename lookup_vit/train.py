@@ -73,7 +73,8 @@ def train_and_evaluate(
   Raises:
     ValueError: config, data or work directory that cannot work, before any
       training.
-    FloatingPointError: the loss is not finite.
+    FloatingPointError: the loss is not finite; the last line of `metrics.jsonl`
+      has `train/diverged`.
     SystemExit: of status `cli.PREEMPTED`, where the processes were told
       to stop; the state is saved.
   """
@@ -461,6 +462,9 @@ class Progress:
       steps = self.store.steps()
       last = f"step {steps[-1]} in {self.store.path}" if steps else "none"
       values = {k: float(scalars[k]) for k in ("loss", "grad_norm", "lr")}
+      if self.writer:
+        text = ", ".join(f"{k} {v:g}" for k, v in values.items())
+        self.writer.write(step, {"train/diverged": text})
       raise FloatingPointError(
         f"Update {step} is not finite ({values}, grid {grid}). The last good "
         f"checkpoint: {last}. Lower config.lr, clip gradients "

@@ -285,3 +285,26 @@ def test_inflation_of_what_does_not_fit(run, factorised_run):
   with pytest.raises(ValueError, match=r"config\.model_init=.*\(8, 8\)") as e:
     checkpoints.init_from(factorised_run[1], image, False)
   assert "(2, 8, 8), for an image model" in str(e.value)
+
+
+def test_learned_compressed_tokens_are_resized(tmp_path, caplog):
+  """As positions are, where the model's own grid is another."""
+  learned = dict(model__compressed_init="learned", model__depth=1)
+  trained = _fresh(**learned)
+  state = trained.init_state()
+  checkpoints.write_config(str(tmp_path), trained.config)
+  store = checkpoints.Checkpoints(str(tmp_path))
+  store.save(1, state)
+  store.close()
+  target = _fresh(model__grid=(3, 1), **learned).state_shapes.params
+  checkpoints.log.propagate = True
+  with caplog.at_level("INFO"):
+    got = checkpoints.init_from(str(tmp_path), target, False)
+  queries = got.pop("compressed_queries")
+  want = dict(state.params)
+  np.testing.assert_allclose(
+    queries,
+    jax.image.resize(want.pop("compressed_queries"), (3, 1, 32), "linear"),
+  )
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert "compressed_queries (2, 2, 32) to (3, 1, 32)" in caplog.text

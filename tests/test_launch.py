@@ -176,6 +176,91 @@ def test_captions_of_an_unknown_model(launch):
   assert process.stderr == "error: model resnet: want lookup or vit\n"
 
 
+def ablation_calls(launch, out, runs, table):
+  """Trainings by their work directories and arguments, then the table."""
+  calls = [
+    f"lookup_vit.train --workdir={out}/{name} "
+    f"--config=configs/ablation.py:{arg}"
+    for name, arg in runs.items()
+  ]
+  workdirs = ",".join(f"{out}/{name}" for name in table)
+  calls.append(
+    f"lookup_vit.analysis.ablations --output={out}/ablations.md "
+    f"--workdirs={workdirs}"
+  )
+  return [(f"{launch.repo}/.venv/bin/python", f"-m {call}") for call in calls]
+
+
+def test_ablations(launch):
+  """What is done, or diverged, is not repeated; the table has all there are."""
+  out = launch.path / "some dir"
+  for name in ("heads_lookup_3", "default_3", "heads_compressed_1", "other"):
+    (out / name).mkdir(parents=True)
+    (out / name / "config.json").touch()
+  (out / "default_3" / "results.json").touch()
+  diverged = '{"step": 3, "train/diverged": "loss nan"}\n'
+  (out / "heads_compressed_1" / "metrics.jsonl").write_text(diverged)
+  (out / "heads_lookup_3" / "metrics.jsonl").write_text('{"step": 3}\n')
+  process, calls = launch(
+    "launch/ablations.sh", "heads", out, "epochs=2", SEEDS="1 3"
+  )
+  assert process.returncode == 0, process.stderr
+  assert installed(calls) == ["."]
+  runs = {
+    "default_1": "name=default,seed=1,epochs=2",
+    "heads_compressed_3": "name=heads_compressed,seed=3,epochs=2",
+    "heads_lookup_1": "name=heads_lookup,seed=1,epochs=2",
+    "heads_lookup_3": "name=heads_lookup,seed=3,epochs=2",
+  }
+  table = ["default_3", "heads_compressed_1", "heads_lookup_3", "other"]
+  assert worked(calls) == ablation_calls(launch, out, runs, table)
+
+
+def test_a_run_that_diverges_does_not_stop_the_others(launch):
+  """The stub fails where the run of seed 0 is; what it left says why."""
+  out = launch.path / "out"
+  broken = out / "init_average_0"
+  broken.mkdir(parents=True)
+  fails = "name=init_average,seed=0"
+  process, calls = launch("launch/ablations.sh", "init", out, STUB_FAILS=fails)
+  assert process.returncode == 3
+  assert len(worked(calls)) == 4  # Three of the default before.
+  # It writes so while it runs: a stub in its place.
+  stub = launch.repo / ".venv/bin/python"
+  stub.write_text(
+    stub.read_text().replace(
+      "then exit 3", f"then {DIVERGES.format(broken)}; exit 1"
+    )
+  )
+  process, calls = launch("launch/ablations.sh", "init", out, STUB_FAILS=fails)
+  assert process.returncode == 0, process.stderr
+  assert len(worked(calls)) == 3 * 3 + 1
+  process, calls = launch("launch/ablations.sh", "init", out, STUB_FAILS=fails)
+  assert process.returncode == 0, process.stderr
+  assert len(worked(calls)) == 3 * 3
+
+
+DIVERGES = """echo '{{"train/diverged": "loss nan"}}' > '{}/metrics.jsonl'"""
+
+
+def test_stability_is_over_sizes_rates_norms_and_clipping(launch):
+  out = launch.repo / "workdirs/ablations"
+  process, calls = launch("launch/ablations.sh", "stability", SEEDS="2")
+  assert process.returncode == 0, process.stderr
+  *runs, _ = worked(calls)
+  assert len(runs) == 2 * 2 * 2 * 5
+  arguments = "size=large,qk_norm=true,clip=0,lr=0.01,seed=2"
+  name = "size-large_qk_norm-true_clip-0_lr-0.01_2"
+  want = ablation_calls(launch, out, {name: arguments}, [])
+  assert want[0] in runs and want[1] == worked(calls)[-1]
+
+
+def test_ablations_of_an_unknown_set(launch):
+  process, calls = launch("launch/ablations.sh", "everything")
+  assert process.returncode == 2 and not calls
+  assert process.stderr.startswith("error: SET everything: want grid, reuse,")
+
+
 def test_installs_once(launch):
   launch("launch/quickstart.sh")
   process, calls = launch("launch/quickstart.sh")

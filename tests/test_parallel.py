@@ -35,7 +35,10 @@ put = parallel.put_batch(batch, mesh)
 wide = parallel.put_batch(batch, cube)
 whole = jax.device_put(np.arange(5), parallel.replicated(mesh))
 kernel = jnp.zeros((4, 8, 8))
-params = {"query": {"kernel": kernel, "bias": jnp.zeros((4, 6))}}
+params = {
+  "query": {"kernel": kernel, "bias": jnp.zeros((4, 6))},
+  "compressed_queries": jnp.zeros((2, 4, 6)),
+}
 layouts = {
   strategy: jax.tree.map(
     lambda x, s: s.shard_shape(x.shape),
@@ -94,12 +97,19 @@ def test_eight_devices():
   assert got["replicas"] == [[0, 1, 2, 3, 4]] * 8
   assert got["gathered"] == [True] * 8
   # The kernels of four scanned layers are [width, heads x head size] each; the
-  # 6 of the bias fit both axes, of size 2.
+  # 6 of the bias fit both axes, of size 2. Of a grid of tokens, the width does.
+  wanted = {
+    "replicated": ([4, 8, 8], [4, 6], [2, 4, 6]),
+    "fsdp": ([4, 4, 8], [4, 3], [2, 4, 3]),
+    "tensor": ([4, 8, 4], [4, 3], [2, 4, 6]),
+    "fsdp_tensor": ([4, 4, 4], [4, 3], [2, 4, 3]),
+  }
   assert got["layouts"] == {
-    "replicated": {"query": {"kernel": [4, 8, 8], "bias": [4, 6]}},
-    "fsdp": {"query": {"kernel": [4, 4, 8], "bias": [4, 3]}},
-    "tensor": {"query": {"kernel": [4, 8, 4], "bias": [4, 3]}},
-    "fsdp_tensor": {"query": {"kernel": [4, 4, 4], "bias": [4, 3]}},
+    strategy: {
+      "query": {"kernel": kernel, "bias": bias},
+      "compressed_queries": queries,
+    }
+    for strategy, (kernel, bias, queries) in wanted.items()
   }
   assert got["place"] == [i + 0.5 for i in range(8)]
   for n, message in zip((3, 16, 1, 0, -2), got["meshes"], strict=True):

@@ -43,6 +43,7 @@ def in21k(tmp_path_factory):
   [
     "digits_lookup",
     "digits_vit",
+    "ablation",
     "in1k_vit_b",
     "in1k_lookup_b",
     "in21k_vit_b",

@@ -314,6 +314,8 @@ def test_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path):
   assert bad in (6, 7)
   kept = checkpoints.Checkpoints(workdir, read_only=True).steps()
   assert f"step {kept[-1]} in" in message and kept[-1] < bad
+  last = metric_writer.read(workdir)[-1]
+  assert last["step"] == bad and "grad_norm" in last["train/diverged"]
   params, _, _ = checkpoints.load_params(workdir)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from lookup_vit import cli, config_utils, train_step
-from lookup_vit.models import tokens
+from lookup_vit.models import lookup_vit, tokens
 
 FLAGS = flags.FLAGS
 
@@ -71,20 +71,26 @@ def multiply_adds(
   (7 + 2p) M) D^2 + (3NM + 2M^2) D`. Added are the patch embedding and the
   classifiers; resizing of grids, norms and mean pooling are left out. A
   factorised encoder has its blocks on each slice, and ViT blocks on the `T`
-  vectors of a clip, once for each head.
-  (Without a classifier, XLA drops what only the lookup head of a LookupViT
-  needs; the formula does not.)
+  vectors of a clip, once for each head. What the output does not depend on is
+  left out, as XLA does: with heads="compressed", and without a classifier, the
+  contextualisation of the last block.
   """
   lookup_grid = tokens.lookup_grid(image_size, model.patch_size)
   n, d = math.prod(lookup_grid), model.width
   stem = n * math.prod(model.patch_size) * 3 * d
-  heads = 2 if hasattr(model, "grid") else 1
+  heads = len(_heads(model)) if hasattr(model, "grid") else 1
   rest = heads * (model.num_classes or 0) * d
   slices = 1
   if hasattr(model, "temporal_depth"):
     slices = lookup_grid[0]
     rest += heads * model.temporal_depth * _vit_block(model, slices)
   return stem + slices * _encoder(model, n // slices, grid) + rest
+
+
+def _heads(model):
+  """Those of a LookupViT that its output depends on."""
+  names = lookup_vit.HEADS[model.heads]
+  return names if model.num_classes else names[:1]
 
 
 def _vit_block(model, n):
@@ -106,8 +112,9 @@ def _encoder(model, n, grid):
   gather = 2 * m * d * d + 2 * n * d * d + 2 * n * m * d
   refine = _vit_block(model, m)
   back = (m + n) * d * d + n * m * d if model.reuse != "none" else 0
-  lookup_mlp = 2 * n * d * round(d * model.lookup_mlp_ratio)
-  return model.depth * (gather + refine + back + lookup_mlp)
+  back += 2 * n * d * round(d * model.lookup_mlp_ratio)
+  backs = model.depth - ("lookup" not in _heads(model))
+  return model.depth * (gather + refine) + backs * back
 
 
 def table(model: Any, image_size: Sequence[int], grids: Sequence[Any]) -> str:

@@ -43,6 +43,9 @@ COLUMNS = (
   ("ms an image", "speed", "ms", 1),
 )
 
+# Fields of a model that its name tells.
+_OF_SIZE = ("width", "depth", "num_heads", "spatial")
+
 _STYLE = (
   "body{font-family:sans-serif;max-width:72em;margin:2em auto;padding:0 1em}"
   "table{border-collapse:collapse;margin:1em 0}"
@@ -57,6 +60,8 @@ class Run:
 
   Attributes:
     workdir: the directory.
+    settings: what it learns by but for its seed (`ablations.settings`).
+    changes: those fields of its model that are not as they are by default.
     rows: of results, as `summary.results` makes them, newer ones in place of
       older.
     distances: histograms of `evaluators/feature_distance.py`.
@@ -64,6 +69,8 @@ class Run:
   """
 
   workdir: str
+  settings: dict[str, Any]
+  changes: dict[str, Any]
   rows: list[dict[str, Any]]
   distances: list[dict[str, Any]]
   pictures: dict[str, bytes]
@@ -75,7 +82,7 @@ def read(workdir: str) -> Run:
   Raises:
     ValueError: it is no work directory, or a file of results is damaged.
   """
-  config_utils.read_workdir(workdir)
+  config = config_utils.read_workdir(workdir)
   folder = config_utils.workdir_path(workdir)
   found: dict[tuple[str, str | None], dict[str, Any]] = {}
   evaluations = sorted(
@@ -91,7 +98,8 @@ def read(workdir: str) -> Run:
     distances += _read_json(path)
   path = folder / "attention_maps.png"
   pictures = {workdir: path.read_bytes()} if path.exists() else {}
-  return Run(workdir, list(found.values()), distances, pictures)
+  settings = ablations.settings(config)
+  return Run(workdir, *settings, list(found.values()), distances, pictures)
 
 
 def _read_json(path):
@@ -101,16 +109,25 @@ def _read_json(path):
     raise ValueError(f"{path} is damaged: {e}.") from None
 
 
-def groups(runs: Sequence[Run]) -> dict[tuple[str, ...], list[Run]]:
-  """Runs by model and grids of training, for those that have results."""
-  found: dict[tuple[str, ...], list[Run]] = {}
+def groups(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
+  """Runs that differ in their seed alone together, those that have results.
+
+  Returns:
+    For each group its model, by name and by what is changed in it, the grids of
+    training, and the runs.
+  """
+  found: dict[str, tuple[str, str, list[Run]]] = {}
   for run in runs:
-    if run.rows:
-      row = run.rows[0]
-      trained = ", ".join(row.get("trained_grids", ()))
-      name = accuracy_vs_flops.model_name(row)
-      found.setdefault((name, trained), []).append(run)
-  return found
+    if not run.rows:
+      continue
+    row = run.rows[0]
+    changes = {k: v for k, v in run.changes.items() if k not in _OF_SIZE}
+    words = [accuracy_vs_flops.model_name(row)]
+    words += [f"{name} {value}" for name, value in changes.items()]
+    trained = ", ".join(row.get("trained_grids", ()))
+    new = ", ".join(words), trained, []
+    found.setdefault(repr(sorted(run.settings.items())), new)[2].append(run)
+  return list(found.values())
 
 
 def _grids(runs):
@@ -157,7 +174,7 @@ def main_table(runs: Sequence[Run]) -> str:
   """A row for each model and grid; GFLOPs count a multiply-add as two."""
   head = ["model", "trained at", "grid", "runs", "GFLOPs"]
   lines = []
-  for (name, trained), members in groups(runs).items():
+  for name, trained, members in groups(runs):
     for grid in _grids(members):
       gflops = next(
         row["gflops"]
@@ -201,7 +218,7 @@ def missing(runs: Sequence[Run]) -> str:
 def corruption_table(runs: Sequence[Run]) -> str:
   """Top-1 under each corruption, mean over severities (and seeds)."""
   head, columns = ["corruption"], []
-  for (name, trained), members in groups(runs).items():
+  for name, trained, members in groups(runs):
     for grid in _grids(members):
       if len(values(members, grid, "robustness", "mce")):
         head.append(" ".join(filter(None, [name, trained and grid])))
@@ -224,7 +241,7 @@ def corruption_table(runs: Sequence[Run]) -> str:
 def severity_curves(runs: Sequence[Run], axes: Any) -> bool:
   """Top-1 over severity, mean over corruptions and seeds."""
   drawn = False
-  for (name, trained), members in groups(runs).items():
+  for name, trained, members in groups(runs):
     for grid in _grids(members):
       y = []
       for s in range(1, 6):
@@ -247,7 +264,7 @@ def severity_curves(runs: Sequence[Run], axes: Any) -> bool:
 def distance_curves(runs: Sequence[Run], axes: Any) -> bool:
   """Distribution of the features' distances, over severities and seeds."""
   drawn = False
-  for (name, trained), members in groups(runs).items():
+  for name, trained, members in groups(runs):
     found: dict[str | None, list[list[float]]] = {}
     for run in members:
       for histogram in run.distances:
@@ -266,15 +283,15 @@ def distance_curves(runs: Sequence[Run], axes: Any) -> bool:
 def multi_resolution(runs: Sequence[Run]) -> str:
   """Top-1 of one model at all grids beside those trained at one grid each."""
   found = groups(runs)
-  single = [g for (_, trained), g in found.items() if trained.count("x") == 1]
+  is_single = [bool(at) and "," not in at for _, at, _ in found]
   lines, head = [], []
-  for (name, trained), members in found.items():
-    if "," not in trained or not single:
+  for name, trained, members in found:
+    if "," not in trained or not any(is_single):
       continue
     grids = _grids(members)
     head = ["trained at", *(grid or "-" for grid in grids)]
-    for (other, at), some in found.items():
-      if other.removesuffix(", one grid") == name and at:
+    for other, at, some in found:
+      if other.replace(", one grid", "") == name and at:
         cells = [
           _mean(values(some, grid, "classification", "top1"), 100)
           for grid in grids
@@ -312,7 +329,10 @@ def _ablations(runs):
   some = [
     run
     for run in runs
-    if run.rows and any(row.get("trained_grids") for row in run.rows)
+    if any(
+      row.get("trained_grids") and row.get("type") == "classification"
+      for row in run.rows
+    )
   ]
   found = [ablations.read(run.workdir) for run in some]
   return ablations.report(found) if len(ablations.group(found)) > 1 else ""

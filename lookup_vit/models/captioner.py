@@ -378,9 +378,9 @@ class LookupCaptioner(Captioner):
 
 
 # Fields that say how a model is trained or compiled, and at which grid, and not
-# what it computes; and the patch, which parameters have.
+# what tokens it computes; and the patch, which parameters have.
 _OF_TRAINING = (
-  *("num_classes", "head_bias_init", "grid", "scan", "remat_policy"),
+  *("num_classes", "heads", "head_bias_init", "grid", "scan", "remat_policy"),
   *("dtype", "attention", "dropout", "attention_dropout", "stochastic_depth"),
   *("patch_size", "parent", "name"),
 )
@@ -399,10 +399,13 @@ def differences(encoder: nn.Module, trained: nn.Module) -> list[str]:
   """
   if type(encoder) is not type(trained):
     return []
+  skipped = set(_OF_TRAINING)
+  if getattr(encoder, "compressed_init", None) == "learned":
+    skipped.remove("grid")  # That of a parameter, which would be resized.
   pairs = {
     field.name: (getattr(encoder, field.name), getattr(trained, field.name))
     for field in dataclasses.fields(encoder)
-    if field.name not in _OF_TRAINING
+    if field.name not in skipped
   }
   return [
     f"{name}={new!r}, but was trained with {name}={old!r}"

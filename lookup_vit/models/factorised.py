@@ -11,7 +11,8 @@ transformer over the `T` vectors of a clip, comes before the classifier:
 With LookupViT as the spatial encoder, every slice has its own compressed
 tokens, on a grid (rows, columns). The means of both kinds of tokens go their
 own ways, each with a temporal encoder and a classifier of its own, as both have
-classifiers of their own in LookupViT; the logits are the mean.
+classifiers of their own in LookupViT; the logits are the mean. With a single
+classifier (`heads`), both temporal encoders stay.
 
 As in scenic (projects/vivit/model.py, SpaceTimeViT) both encoders end in a
 norm, and the rates of stochastic depth grow from zero in each. Unlike there,

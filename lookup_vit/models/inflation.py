@@ -22,7 +22,10 @@ the image's token gets. Transposed, a lookup token gathers from `t'` equal
 copies of each compressed token: `t' / T` of the image's update. So the kernel
 of that update's projection, not its bias, is multiplied by `T / t'`. Of
 reuse="logits" the softmax is over the compressed tokens themselves, whose
-shares add up to the image's: no factor.
+shares add up to the image's: no factor; nor is there one with
+reuse_scale="tokens", which has it by itself.
+
+Learned compressed tokens are treated as positions are.
 """
 
 import re
@@ -75,6 +78,8 @@ def contextualisation_scale(model: Any, clip_size: Sequence[int]) -> float:
   grid = getattr(model, "grid", ())
   if len(grid) != 3 or model.reuse != "weights":
     return 1.0
+  if model.reuse_scale == "tokens":
+    return 1.0
   return model.lookup_grid(clip_size)[0] / grid[0]
 
 
@@ -124,7 +129,7 @@ def inflate(
   for name, x in source.items():
     if name == "embedding/kernel":
       x = patch_kernel(x, new[0], kind)
-    elif name == "pos_embedding" and name in target:
+    elif name in tokens.GRIDS and name in target:
       x = positions(x, target[name].shape[:-1])
     elif re.fullmatch(_OUT_BACK, name):
       x = (x * scale).astype(x.dtype)

@@ -14,9 +14,19 @@ the position grid, every `LN` has parameters of its own:
                      LN(F_l); the logits are their mean
 
 No parameter depends on the compressed grid.
+
+Ablations, each a field: `reuse` and `reuse_scale` (`mhbc.py`); `heads`, one
+classifier instead of two, whose logits are the model's; `compressed_init`, what
+the compressed tokens are at first:
+
+  "resize"   T(F_l) + T(P)
+  "average"  the same with means over cells (`tokens.pool_grid`) for T
+  "learned"  T(Q), where Q is a learned grid of tokens, whose shape is that of
+             the model's own compressed grid, whatever the image
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +36,13 @@ from jaxtyping import Array, Float
 
 from lookup_vit.models import layers, tokens, variants
 from lookup_vit.models.mhbc import MHBC
+
+# The classifiers of each value of `heads`.
+HEADS = {
+  "both": ("compressed", "lookup"),
+  "compressed": ("compressed",),
+  "lookup": ("lookup",),
+}
 
 
 class LookupBlock(nn.Module):
@@ -40,6 +57,7 @@ class LookupBlock(nn.Module):
   mlp_ratio: float = 4.0
   lookup_mlp_ratio: float = 0.5
   reuse: str = "weights"
+  reuse_scale: str = "none"
 
   @nn.compact
   def __call__(
@@ -52,7 +70,8 @@ class LookupBlock(nn.Module):
     cfg = self.cfg
     compressed, lookup = pair
     mhbc_cfg = dataclasses.replace(cfg, num_heads=self.mhbc_heads)
-    mhbc = MHBC(mhbc_cfg, compressed.shape[-1], self.reuse, name="mhbc")
+    width = compressed.shape[-1]
+    mhbc = MHBC(mhbc_cfg, width, self.reuse, self.reuse_scale, name="mhbc")
 
     # Information gathering.
     update, reused, captured = mhbc.gather(compressed, lookup)
@@ -89,10 +108,12 @@ class LookupViT(nn.Module):
   `grid` is the compressed grid, the model's own where none is given.
 
   Returns `(logits, out)`: float32 logits `[batch, classes]`, the mean of both
-  heads' (where `num_classes` is None, the compressed pre-logits), and a dict
-  with `logits_compressed` and `logits_lookup [batch, classes]`,
-  `pre_logits_compressed` and `pre_logits_lookup [batch, width]`, and what
-  `capture` asks for, with `m` compressed and `n` lookup tokens:
+  heads' (where `num_classes` is None, the compressed pre-logits, or with
+  heads="lookup" those of the lookup tokens), and a dict with
+  `logits_compressed` and `logits_lookup [batch, classes]` (of a single head,
+  its logits alone), `pre_logits_compressed` and `pre_logits_lookup [batch,
+  width]`, and what `capture` asks for, with `m` compressed and `n` lookup
+  tokens:
     "tokens": `compressed_tokens [batch, m, width]` and `lookup_tokens [batch,
       n, width]`, after the last norms, and `block_compressed_tokens` and
       `block_lookup_tokens`, after each block, stacked on axis 0;
@@ -101,7 +122,8 @@ class LookupViT(nn.Module):
       self-attention of a block.
 
   Raises ValueError for an input that the patch does not fit, and for a grid of
-  another rank than the patch or larger than the lookup grid.
+  another rank than the patch or larger than the lookup grid; with
+  compressed_init="learned", for such a grid of the model's own too.
   """
 
   num_classes: int | None
@@ -111,7 +133,10 @@ class LookupViT(nn.Module):
   mlp_ratio: float
   patch_size: tokens.Grid
   grid: tokens.Grid = (5, 5)
+  heads: str = "both"  # or "compressed", "lookup"
+  compressed_init: str = "resize"  # or "average", "learned"
   reuse: str = "weights"  # or "logits", "none": see mhbc.py
+  reuse_scale: str = "none"  # or "tokens"
   lookup_mlp_ratio: float = 0.5
   mhbc_heads: int | None = None  # as num_heads
   positions: str = "learned"  # or "sincos"
@@ -161,8 +186,7 @@ class LookupViT(nn.Module):
     grid = tokens.check_grid(self.grid if grid is None else grid, lookup_grid)
     pos = tokens.positions(self, self.positions, lookup_grid, self.width)
     pos = pos.astype(cfg.dtype)
-    compressed = tokens.resize_grid(lookup, lookup_grid, grid)
-    compressed = compressed + tokens.resize_grid(pos, lookup_grid, grid)
+    compressed = self._first_compressed(lookup, pos, lookup_grid, grid)
     compressed = layers.dropout(cfg, compressed)
     lookup = layers.dropout(cfg, lookup + pos)
 
@@ -174,6 +198,7 @@ class LookupViT(nn.Module):
         mlp_ratio=self.mlp_ratio,
         lookup_mlp_ratio=self.lookup_mlp_ratio,
         reuse=self.reuse,
+        reuse_scale=self.reuse_scale,
       ),
       (compressed, lookup),
       depth=self.depth,
@@ -192,24 +217,54 @@ class LookupViT(nn.Module):
       out[f"pre_logits_{name}"] = jnp.mean(x, axis=1, dtype=jnp.float32)
     return classify(self, out)
 
+  @nn.nowrap
+  def _first_compressed(self, lookup, pos, lookup_grid, grid):
+    """The compressed tokens before the first block, from inside `__call__`."""
+    if self.compressed_init == "learned":
+      own = tokens.check_grid(self.grid, lookup_grid)
+      init = nn.initializers.normal(stddev=1 / math.sqrt(self.width))
+      queries = self.param("compressed_queries", init, (*own, self.width))
+      queries = queries.reshape(1, -1, self.width).astype(lookup.dtype)
+      queries = tokens.resize_grid(queries, own, grid)
+      return jnp.tile(queries, (len(lookup), 1, 1))
+    fits = {"resize": tokens.resize_grid, "average": tokens.pool_grid}
+    if self.compressed_init not in fits:
+      raise ValueError(
+        f"compressed_init={self.compressed_init!r}: want one of "
+        f"{', '.join(fits)}, learned."
+      )
+    fit = fits[self.compressed_init]
+    return fit(lookup, lookup_grid, grid) + fit(pos, lookup_grid, grid)
+
 
 def classify(
   model: nn.Module, out: dict[str, Any]
 ) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
-  """Both classifiers on their pre-logits, from inside a compact module.
+  """The classifiers on their pre-logits, from inside a compact module.
 
   Returns:
-    The mean of the logits, and `out` with both; without classes, the compressed
-    pre-logits, and `out`.
+    The mean of the logits, and `out` with those of each; without classes, the
+    pre-logits that the first of them would have had, and `out`.
+
+  Raises:
+    ValueError: `model.heads` is unknown, or nothing that it reads depends on
+      the compressed tokens.
   """
+  if model.heads not in HEADS:
+    raise ValueError(f"heads={model.heads!r}: want one of {', '.join(HEADS)}.")
+  if (model.heads, model.reuse) == ("lookup", "none"):
+    raise ValueError(
+      "heads='lookup' with reuse='none': the compressed tokens would be for "
+      "nothing."
+    )
+  names = HEADS[model.heads]
   if model.num_classes is None:
-    return out["pre_logits_compressed"], out
+    return out[f"pre_logits_{names[0]}"], out
   logits = {}
-  for name in ("compressed", "lookup"):
+  for name in names:
     head = layers.head(model.num_classes, model.head_bias_init, f"head_{name}")
     logits[f"logits_{name}"] = head(out[f"pre_logits_{name}"])
-  mean = (logits["logits_compressed"] + logits["logits_lookup"]) / 2
-  return mean, out | logits
+  return sum(logits.values()) / len(logits), out | logits
 
 
 def Model(  # noqa: N802

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from lookup_vit.models import attention, layers
 
 REUSE = ("weights", "logits", "none")
+REUSE_SCALES = ("none", "tokens")
 
 
 class MHBC(nn.Module):
@@ -26,16 +27,31 @@ class MHBC(nn.Module):
                                   B = softmax_M of the same logits, transposed,
                                                      for reuse="logits"
                                   no update          for reuse="none"
+
+  With reuse_scale="tokens", B = A^T N / M. Rows of A add up to one, so rows of
+  A^T to M / N on average, which is another number at every grid; the factor
+  makes it one, which it is of reuse="logits" as it stands.
   """
 
   cfg: layers.LayerConfig
   width: int
   reuse: str = "weights"
+  reuse_scale: str = "none"
 
   def setup(self):
     cfg, width = self.cfg, self.width
     if self.reuse not in REUSE:
       raise ValueError(f"reuse={self.reuse!r}: want one of {', '.join(REUSE)}.")
+    if self.reuse_scale not in REUSE_SCALES:
+      raise ValueError(
+        f"reuse_scale={self.reuse_scale!r}: want one of "
+        f"{', '.join(REUSE_SCALES)}."
+      )
+    if self.reuse_scale != "none" and self.reuse != "weights":
+      raise ValueError(
+        f"reuse_scale={self.reuse_scale!r} is of reuse='weights', not of "
+        f"reuse={self.reuse!r}."
+      )
     layers.check_width(width, cfg.num_heads)
     self.norm_compressed = layers.layer_norm(cfg)
     self.norm_lookup = layers.layer_norm(cfg)
@@ -90,6 +106,9 @@ class MHBC(nn.Module):
   ) -> Float[Array, "b n D"]:
     """Compressed to lookup tokens; returns the update of the lookup tokens."""
     v = self.value_back(self.norm_refined(compressed))
+    if self.reuse_scale == "tokens":
+      m, n = reused.shape[-2:]
+      v = v * (n / m)
     v = layers.split_heads(v, self.cfg.num_heads)
     x = layers.merge_heads(jnp.einsum("bhmn,bmhd->bnhd", reused, v))
     return self.out_back(x)

@@ -16,6 +16,9 @@ from jaxtyping import Array, Float
 
 Grid = tuple[int, ...]
 
+# Names of parameters that are a grid of tokens, `[*grid, width]`.
+GRIDS = ("pos_embedding", "compressed_queries")
+
 
 def sincos_positions(
   grid: Grid, width: int, temperature: float = 10_000.0
@@ -57,6 +60,26 @@ def resize_grid(
   x = tokens.reshape(batch, *source, width)
   x = jax.image.resize(x, (batch, *target, width), "linear")
   return x.reshape(batch, math.prod(target), width)
+
+
+def pool_grid(
+  tokens: Float[Array, "b n D"], source: Grid, target: Grid
+) -> Float[Array, "b m D"]:
+  """Each token of the target is the mean of those of its cell of the source.
+
+  Along an axis of `n` tokens, cell `i` of `m` is from `floor(i n / m)` to
+  `ceil((i + 1) n / m)`, as of PyTorch's adaptive average pooling: where `m`
+  does not divide `n`, cells overlap.
+  """
+  batch, _, width = tokens.shape
+  x = tokens.reshape(batch, *source, width)
+  for axis, (n, m) in enumerate(zip(source, target, strict=True), 1):
+    places, i = np.arange(n), np.arange(m)[:, None]
+    cells = (places >= i * n // m) & (places < -(-(i + 1) * n // m))
+    weights = jnp.asarray(cells / cells.sum(1, keepdims=True), x.dtype)
+    x = jnp.tensordot(weights, x, (1, axis), precision="highest")
+    x = jnp.moveaxis(x, 0, axis)
+  return x.reshape(batch, -1, width)
 
 
 def lookup_grid(image_size: Sequence[int], patch_size: Grid) -> Grid:

@@ -14,7 +14,7 @@ from lookup_vit.tasks import mixing
 
 
 class Task:
-  """Classification with one head (ViT) or two (LookupViT).
+  """Classification with one head (ViT) or two (LookupViT, by default).
 
   A batch has `image` and either integer classes `label [batch]` or targets
   `labels [batch, classes]`; in evaluation also `_mask [batch]`.

@@ -49,7 +49,18 @@ def test_pooling(pool):
 
 @pytest.mark.parametrize(
   "fields",
-  [dict(reuse="none"), dict(reuse="logits"), dict(lookup_mlp_ratio=1.0)],
+  [
+    dict(reuse="none"),
+    dict(reuse="logits"),
+    dict(reuse_scale="tokens"),
+    dict(lookup_mlp_ratio=1.0),
+    dict(mlp_ratio=2.0, mhbc_heads=4),
+    dict(heads="compressed"),
+    dict(heads="compressed", reuse="none"),
+    dict(heads="lookup"),
+    dict(compressed_init="average"),
+    dict(compressed_init="learned", grid=(3, 3)),
+  ],
 )
 def test_ablations(fields):
   model = lookup_vit.Model(1000, "B/16", depth=2, **fields)
@@ -71,10 +82,11 @@ def test_video(grid):
     {},
     dict(pool="tok", temporal_depth=1),
     dict(spatial="lookup_vit", grid=(4, 3)),
+    dict(spatial="lookup_vit", grid=(4, 3), heads="compressed", depth=1),
   ],
 )
 def test_factorised(fields):
-  model = factorised.Model(174, "B/2x16", depth=2, **fields)
+  model = factorised.Model(174, "B/2x16", **dict(depth=2) | fields)
   check_count(flops.cost(model, (8, 96, 128)))
   if "grid" in fields:
     check_count(flops.cost(model, (8, 96, 128), (2, 5)))
@@ -88,6 +100,11 @@ def test_vivit_b16x2(make, gmac):
   cost = flops.cost(make(400, "B/2x16"), (32, 224, 224))
   check_count(cost)
   assert cost.xla_flops / 2e9 == pytest.approx(gmac, rel=0.01)
+
+
+def test_without_a_classifier():
+  model = lookup_vit.Model(None, "B/16", depth=2)
+  check_count(flops.cost(model, (224, 160), (5, 4)))
 
 
 # The formula against the sums in the paper's terms.
@@ -117,6 +134,15 @@ def test_formula(seed):
     block = (4 * n + 15 * m) * d**2 + (3 * n * m + 2 * m**2) * d
     got = flops.multiply_adds(model, size, grid)
     assert got == stem + depth * block + 2 * classes * d
+
+  # The lookup tokens after the last gathering are for nothing.
+  m = math.prod(model.grid)
+  want = stem + depth * ((4 * n + 15 * m) * d**2 + (3 * n * m + 2 * m**2) * d)
+  want -= (2 * n + m) * d**2 + n * m * d
+  compressed = model.clone(heads="compressed")
+  assert flops.multiply_adds(compressed, size) == want + classes * d
+  without = model.clone(num_classes=None)
+  assert flops.multiply_adds(without, size) == want
 
   # Nothing written back: no V', A^T V' and W_o'.
   model = model.clone(reuse="none")

@@ -21,7 +21,10 @@ class Spec:
   num_heads: int = 1
   mhbc_heads: int | None = None
   grid: tuple[int, ...] = ()
+  heads: str = "both"
+  compressed_init: str = "resize"
   reuse: str = "weights"
+  reuse_scale: str = "none"
   positions: str = "learned"
   pool: str = "gap"
   qk_norm: bool = False
@@ -125,6 +128,8 @@ def lookup_block(spec, p, compressed, lookup):
     back = weights
     if spec.reuse == "logits":
       back = [softmax(x, -2) for x in logits]
+    if spec.reuse_scale == "tokens":
+      back = [a * (lookup.shape[1] / compressed.shape[1]) for a in back]
     v = linear(
       mhbc["value_back"], layer_norm(spec, mhbc["norm_refined"], compressed)
     )
@@ -165,6 +170,32 @@ def resize(x, source, target):
       np.tensordot(resize_weights(n, m), x, axes=(1, axis)), 0, axis
     )
   return np.reshape(x, (batch, -1, width))
+
+
+def pool(x, source, target):
+  """The mean over each cell of the target, as adaptive average pooling."""
+  batch, _, width = x.shape
+  x = np.reshape(x, (batch, *source, width))
+  cells = []
+  for index in itertools.product(*map(range, target)):
+    window = tuple(
+      slice(math.floor(i * n / m), math.ceil((i + 1) * n / m))
+      for i, n, m in zip(index, source, target, strict=True)
+    )
+    axes = tuple(range(1, 1 + len(source)))
+    cells.append(np.mean(x[(slice(None), *window)], axis=axes))
+  return np.stack(cells, axis=1)
+
+
+def first_compressed(spec, params, lookup, pos, grid):
+  """The compressed tokens before the first block."""
+  if spec.compressed_init == "learned":
+    queries = params["compressed_queries"]
+    own, width = queries.shape[:-1], queries.shape[-1]
+    queries = resize(np.reshape(queries, (1, -1, width)), own, spec.grid)
+    return queries + np.zeros((len(lookup), 1, 1))
+  fit = pool if spec.compressed_init == "average" else resize
+  return fit(lookup, grid, spec.grid) + fit(pos, grid, spec.grid)
 
 
 def tokenise(spec, p, images):
@@ -218,13 +249,13 @@ def depth_of(params):
 def lookup_vit(spec, params, images):
   """All that the model can return, whatever is asked for."""
   lookup, grid = tokenise(spec, params["embedding"], images)
-  return lookup_heads(params, lookup_encoder(spec, params, lookup, grid))
+  return lookup_heads(spec, params, lookup_encoder(spec, params, lookup, grid))
 
 
 def lookup_encoder(spec, params, lookup, grid):
   """From the patches' tokens to the pre-logits."""
   pos = positions(spec, params, grid, lookup.shape[-1])
-  compressed = resize(lookup, grid, spec.grid) + resize(pos, grid, spec.grid)
+  compressed = first_compressed(spec, params, lookup, pos, grid)
   lookup = lookup + pos
   blocks = []
   for i in range(depth_of(params)):
@@ -242,23 +273,28 @@ def lookup_encoder(spec, params, lookup, grid):
   return out
 
 
-def lookup_heads(params, out):
+def lookup_heads(spec, params, out):
   """The logits beside the pre-logits, where the model has classes."""
-  if "head_lookup" in params:
-    for name in ("compressed", "lookup"):
-      out[f"logits_{name}"] = linear(
-        params[f"head_{name}"], out[f"pre_logits_{name}"]
-      )
-    out["logits"] = (out["logits_compressed"] + out["logits_lookup"]) / 2
+  heads = ["compressed", "lookup"] if spec.heads == "both" else [spec.heads]
+  if f"head_{heads[0]}" in params:
+    logits = [
+      linear(params[f"head_{name}"], out[f"pre_logits_{name}"])
+      for name in heads
+    ]
+    for name, x in zip(heads, logits, strict=True):
+      out[f"logits_{name}"] = x
+    out["logits"] = sum(logits) / len(heads)
   return out
 
 
 def lookup_vit_loss(spec, params, images, labels):
   out = lookup_vit(spec, params, images)
-  return (
-    cross_entropy(out["logits_compressed"], labels)
-    + cross_entropy(out["logits_lookup"], labels)
-  ) / 2
+  losses = [
+    cross_entropy(x, labels)
+    for name, x in out.items()
+    if name.startswith("logits_")
+  ]
+  return sum(losses) / len(losses)
 
 
 def vit(spec, params, images):
@@ -341,7 +377,9 @@ def factorised(spec, params, videos):
       out["attention_logit_max"] = np.concatenate(largest)
       for k, v in found.items():
         out[f"temporal_{k}{suffix}"] = v
-  return (vit_head if "temporal" in params else lookup_heads)(params, out)
+  if "temporal" in params:
+    return vit_head(params, out)
+  return lookup_heads(spec, params, out)
 
 
 def factorised_loss(spec, params, videos, labels):

@@ -49,6 +49,18 @@ CASES = {
       remat_policy="nothing_saveable",
     ),
   ),
+  "lookup_vit, ablations": (
+    (4, 20, 12),
+    dict(
+      spatial="lookup_vit",
+      grid=(3, 2),
+      depth=1,
+      temporal_depth=1,
+      heads="compressed",
+      compressed_init="learned",
+      reuse_scale="tokens",
+    ),
+  ),
 }
 
 

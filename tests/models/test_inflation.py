@@ -47,6 +47,18 @@ STATIC = {
     dict(grid=(1, 2, 2)),
     4,
   ),
+  "lookup_vit, learned": (
+    "lookup_vit",
+    dict(depth=1, compressed_init="learned"),
+    dict(grid=(2, 2, 2)),
+    3,
+  ),
+  "scaled": (
+    "lookup_vit",
+    dict(depth=1, compressed_init="average", reuse_scale="tokens"),
+    dict(grid=(2, 2, 2)),
+    5,
+  ),
   "logits": ("lookup_vit", dict(reuse="logits"), dict(grid=(2, 2, 2)), 5),
   "none": ("lookup_vit", dict(reuse="none", depth=1), dict(grid=(2, 2, 2)), 3),
 }
@@ -111,6 +123,7 @@ def test_only_the_contextualisation_s_kernel_is_scaled():
     ("lookup_vit", dict(grid=(2, 2, 2)), (6, 8, 8), 1.5),
     ("lookup_vit", dict(grid=(1, 2, 2), reuse="logits"), (6, 8, 8), 1),
     ("lookup_vit", dict(grid=(1, 2, 2), reuse="none"), (6, 8, 8), 1),
+    ("lookup_vit", dict(grid=(1, 2, 2), reuse_scale="tokens"), (6, 8, 8), 1),
     ("factorised", dict(spatial="lookup_vit", grid=(2, 2)), (6, 8, 8), 1),
     ("lookup_vit", dict(variant="Ti/4", grid=(2, 2)), (8, 8), 1),
   ],

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lookup_vit.models import layers, lookup_vit
 from tests.models import common
@@ -13,10 +14,10 @@ from tests.models import common
 EPS = 1e-6
 
 
-def make(tokens, num_heads, **fields):
+def make(tokens, num_heads, reuse_scale="none", **fields):
   """A block whose other parts add nothing: refinement and the lookup MLP."""
   cfg = layers.LayerConfig(num_heads, norm_eps=EPS, **fields)
-  block = lookup_vit.LookupBlock(cfg, mhbc_heads=num_heads)
+  block = lookup_vit.LookupBlock(cfg, num_heads, reuse_scale=reuse_scale)
   shapes = jax.eval_shape(block.init, jax.random.key(0), tokens, 0.0)
   params = copy.deepcopy(common.random_like(shapes["params"]))
   refinement = params["refinement"]
@@ -100,6 +101,37 @@ def test_weights_come_back_transposed_loop_by_loop():
     dict(compressed=got[0], lookup=got[1]),
     dict(compressed=want_compressed, lookup=want_lookup),
   )
+
+
+@pytest.mark.parametrize("m, n", [(3, 7), (1, 5), (4, 4)])
+def test_scaled_weights_of_even_attention_are_a_mean(m, n):
+  """Where every weight is 1 / n: the mean over the compressed tokens at any
+  grid; without the scale, m / n of it.
+  """
+  rng = np.random.default_rng(0)
+  tokens = tuple(
+    rng.standard_normal((2, k, 8)).astype(np.float32) for k in (m, n)
+  )
+
+  def update(reuse_scale):
+    block, params = make(tokens, 2, reuse_scale)
+    p = params["mhbc"]
+    for x in (*p["query"].values(), p["out_back"]["bias"]):
+      x[...] = 0
+    (compressed, lookup), _ = block.apply(
+      {"params": params}, tokens, jnp.float32(0)
+    )
+    y = layers.layer_norm(block.cfg).apply(
+      {"params": p["norm_refined"]}, compressed
+    )
+    v = y @ p["value_back"]["kernel"] + p["value_back"]["bias"]
+    return lookup - tokens[1], v.mean(1) @ p["out_back"]["kernel"]
+
+  got, mean = update("tokens")
+  want = np.repeat(np.asarray(mean)[:, None], n, axis=1)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  got, _ = update("none")
+  np.testing.assert_allclose(got, want * (m / n), atol=1e-5)
 
 
 def test_attention_dropout_is_the_same_in_both_directions():

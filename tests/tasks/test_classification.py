@@ -85,6 +85,26 @@ def test_loss(loss, kind, heads):
   assert got.shape == () and got.dtype == np.float32
 
 
+@pytest.mark.parametrize("name", ["compressed", "lookup"])
+def test_one_head_of_two(name):
+  """Of a LookupViT with a single classifier: its cross-entropy, its metrics."""
+  task = make_task()
+  batch, targets = make_targets("label")
+  logits, _ = make_logits(5, 7, False)
+  out = {f"logits_{name}": logits, "pre_logits_compressed": None}
+  got, scalars = task.loss(logits, out, batch)
+  want = np.mean(softmax_xent(logits, targets))
+  np.testing.assert_allclose(got, want, 1e-5)
+  assert set(scalars) == {f"loss_{name}"}
+  metrics, _ = task.metrics(logits, out, dict(batch, _mask=np.ones(5)))
+  assert set(metrics) == {
+    f"{metric}{suffix}"
+    for metric in ("loss", "top1", "top5")
+    for suffix in ("", f"_{name}")
+  }
+  np.testing.assert_array_equal(metrics["top1"], metrics[f"top1_{name}"])
+
+
 def test_loss_of_large_logits_is_finite():
   batch, targets = make_targets("label")
   logits, out = make_logits(5, 7, False, scale=500.0)
