@@ -335,7 +335,9 @@ def _ablations(runs):
     )
   ]
   found = [ablations.read(run.workdir) for run in some]
-  return ablations.report(found) if len(ablations.group(found)) > 1 else ""
+  if not found or len(ablations.group(found)) == 1:
+    return ""
+  return ablations.report(found)
 
 
 def page(runs: Sequence[Run], folders: Sequence[str] = ()) -> str:

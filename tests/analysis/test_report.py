@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 
 def write_run(folder, model, grids, seed, rows, evaluated=(), distances=()):
   """A work directory as training and evaluations leave it."""
-  fields = dict(seed=seed, model_name=model, grids=grids)
+  fields = dict(seed=seed, model_name=model, grids=grids, model__dropout=0.0)
   if model == "vit":
     fields |= dict(model=dict(variant="mu/8"), grids=None)
   config = config_utils.resolve(small.config(**fields))

@@ -56,6 +56,7 @@ def test_results_by_evaluator_and_grid(program):
       grid=grid,
       trained_grids=["2x2", "1x3"],
       split=split,
+      type="classification" if split == "test" else None,
       parameters=cost.params,
       gflops=cost.xla_flops / 1e9,
       views=1,
@@ -83,8 +84,8 @@ def test_results_without_a_grid():
     views=1,
   )
   assert rows == [
-    dict(same, split="test", top1=0.5),
-    dict(same, split="val", top1=0.25),
+    dict(same, split="test", type="classification", top1=0.5),
+    dict(same, split="val", type=None, top1=0.25),
   ]
 
 
