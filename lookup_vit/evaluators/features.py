@@ -38,35 +38,48 @@ class Split:
 
 
 class Probe:
-  """The features of a training set and of a test set.
+  """What classifies a test set by the features of a training set.
+
+  An evaluator of it has `classify(train, test, check)`, which yields pairs of a
+  metric's name and value, and attributes `classes`, their number, and `train`
+  and `test`, its `Features`.
 
   Args:
     program: of the backbone.
-    name: of the evaluator.
+    name: prefix of the metrics.
     data: the test set, as `config.input.data`.
     pp_fn: op-string for both sets; nothing in it is random.
     train: the training set; `config.input.data` where none is given.
     batch_size: global; that of training where none is given.
     grids: compressed grids; those of training where none are given.
-    features: see `pooling.check`.
-    block: see there.
+    features: of LookupViT, "compressed" (where none are given), "lookup" or
+      "both".
+    block: whose tokens are averaged; None for the pre-logits.
+    **unknown: none.
 
   Raises:
     ValueError: a field or data that cannot work.
   """
 
+  views = 1
+
   def __init__(
     self,
     program: Program,
     name: str,
+    *,
     data: Mapping[str, Any],
     pp_fn: str,
-    train: Mapping[str, Any] | None,
-    batch_size: int | None,
-    grids: list[Any] | None,
-    features: str | None,
-    block: int | None,
+    train: Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    grids: list[Any] | None = None,
+    features: str | None = None,
+    block: int | None = None,
+    **unknown: Any,
   ):
+    self.where = f"config.evals.{name}"
+    if unknown:
+      raise ValueError(f"{self.where}: there is no field {', '.join(unknown)}.")
     self.name = name
     self.grids = shared.check_grids(program, name, grids)
     if train is None:
@@ -83,25 +96,44 @@ class Probe:
     classes = datasets.num_classes(data)
     if self.classes is None or classes != self.classes:
       raise ValueError(
-        f"config.evals.{name}: train has {self.classes} classes, data has "
-        f"{classes}; want the same."
+        f"{self.where}: train has {self.classes} classes, data has {classes}; "
+        "want the same."
       )
 
   def batches(self) -> Iterator[dict[str, Any]]:
-    """This process's batches of the test set."""
+    """This process's batches of the test set, padding marked in `_mask`."""
     return iter(self.test.dataset)
 
-  def extract(
-    self, params: Any, check: Callable[[], None], workdir: str | None
-  ) -> Iterator[tuple[str, Split, Split]]:
-    """For each grid the prefix of metrics, the training and the test set."""
+  def classify(
+    self, train: Split, test: Split, check: Callable[[], None]
+  ) -> Iterator[tuple[str, float]]:
+    """Names and values of metrics; `check` is called for each fit."""
+    raise NotImplementedError
+
+  def run(
+    self,
+    params: Any,
+    check: Callable[[], None] = lambda: None,
+    workdir: str | None = None,
+  ) -> Iterator[tuple[str, float]]:
+    """Classifies by the features of parameters.
+
+    Args:
+      params: of the model.
+      check: called for each batch and fit; what it raises ends the evaluation.
+      workdir: where features are kept; nowhere if None.
+
+    Yields:
+      Names and values.
+    """
     parts = (self.train, self.test)
     [train, test] = [
       part.extract(params, self.grids, check, workdir) for part in parts
     ]
     for grid in self.grids:
-      where = shared.metric_prefix(self.name, grid)
-      yield where, train[grid], test[grid]
+      prefix = shared.metric_prefix(self.name, grid)
+      for metric, value in self.classify(train[grid], test[grid], check):
+        yield prefix + metric, value
 
 
 class Features:

@@ -1,18 +1,16 @@
 """Least-squares probes of few examples a class, by big_vision's protocol."""
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from sklearn import linear_model
 
+from lookup_vit import config_utils
 from lookup_vit.evaluators import shared
-from lookup_vit.evaluators.features import Probe
+from lookup_vit.evaluators.features import Probe, Split
 from lookup_vit.train_step import Program
-
-log = logging.getLogger("lookup_vit")
 
 # Of big_vision's evaluators/fewshot_lsr.py: the penalty, and a feature that is
 # constant, and large so that the bias is hardly penalised.
@@ -20,7 +18,7 @@ _L2 = 2.0**10
 _BIAS = 100.0
 
 
-class Evaluator:
+class Evaluator(Probe):
   """Ridge regression onto classes, of some examples of each.
 
   Features are standardised, targets are 1 for the class and -1 for others, and
@@ -33,87 +31,47 @@ class Evaluator:
   Args:
     program: of the backbone.
     name: prefix of the metrics.
-    data: the data set to classify, as `config.input.data`.
-    pp_fn: see `linear_probe.Evaluator`.
-    train: the data set that examples are drawn from; `config.input.data` where
-      none is given.
-    batch_size: see `linear_probe.Evaluator`.
-    grids: see there.
-    features: see there.
-    block: see there.
     shots: numbers of examples of a class.
     seeds: how many draws.
+    **fields: those of `features.Probe`.
 
   Raises:
-    ValueError: a field or data that cannot work.
+    ValueError: a field or data that cannot work; later, a class of fewer
+      examples than `shots`.
   """
-
-  views = 1
 
   def __init__(
     self,
     program: Program,
     name: str,
     *,
-    data: Mapping[str, Any],
-    pp_fn: str,
-    train: Mapping[str, Any] | None = None,
-    batch_size: int | None = None,
-    grids: list[Any] | None = None,
-    features: str | None = None,
-    block: int | None = None,
     shots: Sequence[int] = (5, 10, 25),
     seeds: int = 3,
+    **fields: Any,
   ):
     where = f"config.evals.{name}"
     if not isinstance(shots, list | tuple) or not shots:
       raise ValueError(f"{where}.shots={shots!r}: want a list of integers.")
     self.shots = [shared.positive(f"{where}.shots", n) for n in shots]
     self.seeds = shared.positive(f"{where}.seeds", seeds)
-    self.where = where
-    self.probe = Probe(
-      *(program, name, data, pp_fn, train, batch_size, grids, features, block)
-    )
+    super().__init__(program, name, **fields)
 
-  def batches(self) -> Iterator[dict[str, Any]]:
-    """This process's batches of NumPy arrays, padding marked in `_mask`."""
-    return self.probe.batches()
-
-  def run(
-    self,
-    params: Any,
-    check: Callable[[], None] = lambda: None,
-    workdir: str | None = None,
+  def classify(
+    self, train: Split, test: Split, check: Callable[[], None]
   ) -> Iterator[tuple[str, float]]:
-    """Fits on the features of parameters.
-
-    Args:
-      params: of the model.
-      check: called for each batch and fit; what it raises ends the evaluation.
-      workdir: where features are kept; nowhere if None.
-
-    Yields:
-      Names and values.
-
-    Raises:
-      ValueError: a class has fewer examples than `shots`.
-    """
-    classes = self.probe.classes
-    for where, train, test in self.probe.extract(params, check, workdir):
-      for shots in self.shots:
-        found = []
-        for seed in range(self.seeds):
-          check()
-          try:
-            places = draw(train.label, classes, shots, seed)
-          except ValueError as e:
-            raise ValueError(f"{self.where}.shots: {e}") from None
-          x, label = train.x[places], train.label[places]
-          best = predict(x, label, test.x, classes)
-          found.append(np.mean(best == test.label))
-        yield f"{where}{shots}_shot", float(np.mean(found))
-        if self.seeds > 1:
-          yield f"{where}{shots}_shot_std", float(np.std(found, ddof=1))
+    """See `Probe`."""
+    for shots in self.shots:
+      found = []
+      for seed in range(self.seeds):
+        check()
+        with config_utils.at_fault(f"{self.where}.shots"):
+          places = draw(train.label, self.classes, shots, seed)
+        x, label = train.x[places], train.label[places]
+        best = predict(x, label, test.x, self.classes)
+        found.append(np.mean(best == test.label))
+      yield f"{shots}_shot", float(np.mean(found))
+      if self.seeds > 1:
+        yield f"{shots}_shot_std", float(np.std(found, ddof=1))
 
 
 def draw(

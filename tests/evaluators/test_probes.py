@@ -82,14 +82,18 @@ def run(module, program, params, workdir=None, **fields):
   return dict(evaluator.run(params, workdir=workdir))
 
 
+class Raw(features.Probe):
+  """Features themselves, as the metrics of a probe."""
+
+  def classify(self, train, test, check):
+    yield "train", train
+    yield "test", test
+
+
 def extract(program, params, workdir=None, **fields):
-  probe = features.Probe(
-    *(program, "probe"),
-    **FIELDS
-    | dict(train=None, batch_size=None, grids=None, features=None, block=None)
-    | fields,
-  )
-  return list(probe.extract(params, lambda: None, workdir))
+  """By name of grid and split."""
+  raw = Raw(program, "probe", **FIELDS | fields)
+  return dict(raw.run(params, workdir=workdir))
 
 
 @pytest.mark.parametrize(
@@ -104,9 +108,10 @@ def test_features_are_those_of_single_examples(
   program, params, wanted, asked, kinds
 ):
   found = extract(program, params, **asked)
-  assert [where for where, *_ in found] == ["probe/2x2/", "probe/1x3/"]
-  for grid, (_, *splits) in zip(program.grids, found, strict=True):
-    for name, split in zip(("train", "test"), splits, strict=True):
+  assert len(found) == 4
+  for grid in program.grids:
+    for name in ("train", "test"):
+      split = found[f"probe/{config_utils.format_grid(grid)}/{name}"]
       want = np.concatenate([wanted[name, grid, k] for k in kinds], axis=-1)
       np.testing.assert_allclose(split.x, want, rtol=1e-4, atol=1e-5)
       np.testing.assert_array_equal(split.label, wanted[name, "label"])
@@ -131,17 +136,17 @@ def test_features_are_kept(program, params, passes, tmp_path, caplog):
   assert passes == ["probe, train", "probe, data"]
   again = extract(program, params, str(tmp_path), batch_size=10)
   assert len(passes) == 2
-  for a, b in zip(first, again, strict=True):
-    for x, y in zip(a[1:], b[1:], strict=True):
-      np.testing.assert_array_equal(x.x, y.x)
-      np.testing.assert_array_equal(x.label, y.label)
+  for name, split in first.items():
+    np.testing.assert_array_equal(split.x, again[name].x)
+    np.testing.assert_array_equal(split.label, again[name].label)
   # Others are another file; other parameters replace it.
   extract(program, params, str(tmp_path), features="lookup")
   assert len(passes) == 4
   changed = jax.tree.map(lambda x: x * 1.01, params)
   other = extract(program, changed, str(tmp_path))
   assert len(passes) == 6
-  assert np.any(other[0][1].x != first[0][1].x)
+  name = "probe/2x2/train"
+  assert np.any(other[name].x != first[name].x)
   files = sorted((tmp_path / "features").iterdir())
   assert len(files) == 4
   for file in files:
@@ -182,7 +187,8 @@ def test_changed_files_have_other_features(tmp_path, passes):
   os.utime(tmp_path / "images/val/a/1.png", (1, 1))
   after = extract(program, params, str(tmp_path), **fields)
   assert len(passes) == 3
-  differ = np.any(before[0][2].x != after[0][2].x, axis=-1)
+  name = "probe/2x2/test"
+  differ = np.any(before[name].x != after[name].x, axis=-1)
   assert differ.sum() == 1
   with pytest.raises(ValueError, match="train has 10 classes, data has 2"):
     extract(program, params, **fields | dict(train=CONFIG["input"]["data"]))
@@ -275,6 +281,7 @@ def test_knn_by_brute_force(program, params, wanted, metric):
       "config.evals.probe.pp_fn: a batch has",
     ),
     (linear_probe, dict(train=dict(name="x", module="y")), "probe.train: "),
+    (linear_probe, dict(penalty=1.0), "probe: there is no field penalty"),
     (few_shot, dict(shots=[]), "probe.shots=[]: want a list"),
     (few_shot, dict(shots=[0]), "probe.shots=0: want an integer >= 1"),
     (few_shot, dict(seeds=0), "probe.seeds=0"),
