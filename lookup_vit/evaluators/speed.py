@@ -89,16 +89,15 @@ class Evaluator:
     del workdir
     batch = parallel.put_batch(next(self.batches()), self.program.mesh)
     seconds = {grid: [] for grid in self.grids}
-    for number in range(self.rounds + 1):
+    for _ in range(self.rounds + 1):
       check()
       for grid, found in seconds.items():
         start = time.perf_counter()
         jax.block_until_ready(self._forward(params, batch, grid))
-        if number:  # The first compiles.
-          found.append(time.perf_counter() - start)
+        found.append(time.perf_counter() - start)
     for grid, found in seconds.items():
       where = shared.metric_prefix(self.name, grid)
-      ms = 1000 * np.array(found) / self.batch_size
+      ms = 1000 * np.array(found[1:]) / self.batch_size  # The first compiles.
       yield f"{where}ms", float(np.median(ms))
       yield f"{where}ms_min", float(ms.min())
       yield f"{where}ms_max", float(ms.max())
