@@ -92,6 +92,8 @@ def read(workdir: str) -> Run:
   for path in [folder / "results.json", *evaluations[-1:]]:
     if path.exists():
       for row in _read_json(path):
+        own = config.evals.get(row["split"], {"type": row["split"]})
+        row.setdefault("type", own["type"])  # Of runs that do not say.
         found[row["split"], row["grid"]] = row
   distances = []
   for path in sorted(folder.glob("feature_distance_*.json")):

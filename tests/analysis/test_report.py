@@ -205,6 +205,16 @@ def test_says_what_is_missing_altogether(workdirs):
     assert f"## {title}" not in text and f"- {title}" in text
 
 
+def test_rows_that_do_not_say_their_type(tmp_path):
+  rows = [
+    dict(split="test", grid=None, top1=0.5, loss=1.0),
+    dict(split="knn", grid=None, **{"20_nn": 0.25}),
+  ]
+  run = report.read(write_run(tmp_path / "run", "vit", None, 0, rows))
+  assert report.values([run], None, "classification", "top1") == [0.5]
+  assert report.values([run], None, "knn", "20_nn") == [0.25]
+
+
 def test_errors(workdirs, tmp_path):
   with pytest.raises(ValueError, match="is no work directory"):
     report.read(str(tmp_path))
