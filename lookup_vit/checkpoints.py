@@ -310,9 +310,9 @@ def init_from(
   Blocks are converted between the layouts of scan and loop; positions, and
   learned compressed tokens, are resized (linearly) where the grids differ;
   heads keep their fresh values where the shapes differ. For a video model,
-  those of an image model are inflated (`models/inflation.py`). A captioner's
-  encoder starts from a checkpoint of the encoder alone. What was not loaded is
-  logged.
+  those of an image model are inflated (`models/inflation.py`). The encoder of a
+  captioner or a probe starts from a checkpoint of the encoder alone, or of
+  another model with an encoder. What was not loaded is logged.
 
   Args:
     spec: `WORKDIR` or `WORKDIR:STEP`.
@@ -332,8 +332,9 @@ def init_from(
   except ValueError as e:
     raise type(e)(f"config.model_init={spec!r}: {e}") from None
   whole, part = params, None
-  if "encoder" in params and "encoder" not in source:
+  if "encoder" in params and set(source) != set(params):
     part, params = "encoder", params["encoder"]
+    source = source.get("encoder", source)
   convert = layers.stack_blocks if depth_scan else layers.unstack_blocks
   source = traverse_util.flatten_dict(
     convert(jax.tree.map(np.asarray, source)), sep="/"

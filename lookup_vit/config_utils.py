@@ -285,6 +285,18 @@ def workdir_path(workdir: str) -> epath.Path:
   return path
 
 
+def read_json(path: epath.Path) -> Any:
+  """What a JSON file of a work directory holds.
+
+  Raises:
+    ValueError: it is no JSON.
+  """
+  try:
+    return json.loads(path.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    raise ValueError(f"{path} is damaged: {e}.") from None
+
+
 def read_workdir(workdir: str) -> ml_collections.ConfigDict:
   """The resolved config of a work directory.
 
@@ -294,10 +306,7 @@ def read_workdir(workdir: str) -> ml_collections.ConfigDict:
   path = workdir_path(workdir) / CONFIG_FILE
   if not path.exists():
     raise ValueError(f"{workdir} is no work directory: no {CONFIG_FILE} there.")
-  try:
-    config = json.loads(path.read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError) as e:
-    raise ValueError(f"{path} is damaged: {e}.") from None
+  config = read_json(path)
   if not isinstance(config, dict):
     raise ValueError(f"{path} is damaged: it holds no object.")
   with at_fault(str(path)):

@@ -67,7 +67,8 @@ def evaluate(
 
   Raises:
     ValueError: no work directory, no such checkpoint, a damaged one, no
-      such evaluator or grid, or another tokenizer than that of the training.
+      such evaluator or grid, another tokenizer than that of the training, or
+      damaged results of an earlier evaluation.
   """
   config = config_utils.read_workdir(workdir)
   checkpoints.check(workdir, step)
@@ -94,15 +95,15 @@ def evaluate(
   params, step, _ = checkpoints.load_params(
     workdir, step, program.state_shardings.params
   )
+  path = config_utils.workdir_path(workdir) / f"evaluation_{step}.json"
+  kept = config_utils.read_json(path) if path.exists() else []
   metrics = {}
   for evaluator, _ in chosen.values():
     metrics.update(evaluator.run(params, workdir=workdir))
   rows = summary.results(program, metrics)
   if jax.process_index() != 0:
     return rows
-  path = config_utils.workdir_path(workdir) / f"evaluation_{step}.json"
   new = {(row["split"], row["grid"]) for row in rows}
-  kept = json.loads(path.read_text()) if path.exists() else []
   kept = [row for row in kept if (row["split"], row["grid"]) not in new]
   path.write_text(json.dumps(kept + rows, indent=2))
   return rows

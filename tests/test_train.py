@@ -118,6 +118,20 @@ def test_evaluates_what_the_config_does_not_name(run, tmp_path, caplog):
   assert kept == {*names, ("test", "1x3")}
 
 
+def test_damaged_results_of_an_earlier_evaluation(run, monkeypatch):
+  _, workdir, _ = run
+  path = os.path.join(workdir, "evaluation_8.json")
+  with open(path, "w") as f:
+    f.write("[{")
+  # It is told before anything is evaluated.
+  none = {"test": (None, None)}
+  monkeypatch.setattr(train, "make_evaluators", lambda *_: none)
+  with pytest.raises(ValueError) as e:
+    evaluate.evaluate(workdir, step=8)
+  assert f"{path} is damaged" in str(e.value)
+  os.remove(path)
+
+
 @pytest.mark.parametrize(
   ("asked", "words"),
   [

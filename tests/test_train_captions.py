@@ -149,6 +149,20 @@ def test_the_encoder_stays_as_it_is(run):
   assert same(saved.params["decoder"], state.params["decoder"])
 
 
+def test_a_linear_probe_of_the_encoder(run, tmp_path):
+  _, workdir, _, _, trained = run
+  spec = f"configs/linear_probe.py:from={workdir},data=data.digits"
+  config = config_utils.load(f"{spec},val=test")
+  config.num_classes = 10
+  program = train_step.Program(config_utils.resolve(config), STEPS)
+  store = checkpoints.Checkpoints(str(tmp_path))
+  params = train.restore_or_init(program, store).params
+  store.close()
+  heads = {"head_compressed", "head_lookup"}
+  want = {name: x for name, x in trained.items() if name not in heads}
+  assert same(params["encoder"], want)
+
+
 def config_of(workdir):
   return config_utils.read_workdir(workdir).to_dict()
 

@@ -9,7 +9,6 @@ size, qk-norm, clipping or learning rate are in the table of stability.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,7 +72,7 @@ def read(workdir: str) -> Run:
   if (folder / "metrics.jsonl").exists():
     rows = metric_writer.read(workdir)
   if (folder / "results.json").exists():
-    results = json.loads((folder / "results.json").read_text())
+    results = config_utils.read_json(folder / "results.json")
     results = [row for row in results if "top1" in row]
     if not results:
       raise ValueError(f"{workdir}: its results.json has no top-1.")

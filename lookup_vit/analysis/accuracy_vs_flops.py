@@ -6,7 +6,6 @@ python -m lookup_vit.analysis.accuracy_vs_flops \
 """
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,7 +48,7 @@ def read(workdir: str) -> list[Row]:
   path = config_utils.workdir_path(workdir) / "results.json"
   if not path.exists():
     raise ValueError(f"{workdir} has no results.json: no finished run.")
-  return json.loads(path.read_text())
+  return config_utils.read_json(path)
 
 
 def table(rows: Sequence[Row]) -> str:

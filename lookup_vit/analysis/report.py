@@ -12,7 +12,6 @@ checkpoint (`evaluation_STEP.json`).
 import base64
 import dataclasses
 import io
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -91,24 +90,17 @@ def read(workdir: str) -> Run:
   )
   for path in [folder / "results.json", *evaluations[-1:]]:
     if path.exists():
-      for row in _read_json(path):
+      for row in config_utils.read_json(path):
         own = config.evals.get(row["split"], {"type": row["split"]})
         row.setdefault("type", own["type"])  # Of runs that do not say.
         found[row["split"], row["grid"]] = row
   distances = []
   for path in sorted(folder.glob("feature_distance_*.json")):
-    distances += _read_json(path)
+    distances += config_utils.read_json(path)
   path = folder / "attention_maps.png"
   pictures = {workdir: path.read_bytes()} if path.exists() else {}
   settings = ablations.settings(config)
   return Run(workdir, *settings, list(found.values()), distances, pictures)
-
-
-def _read_json(path):
-  try:
-    return json.loads(path.read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError) as e:
-    raise ValueError(f"{path} is damaged: {e}.") from None
 
 
 def groups(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:

@@ -1,5 +1,6 @@
 """Features of a split, which probes of a frozen backbone are made of."""
 
+import abc
 import dataclasses
 import hashlib
 import logging
@@ -37,7 +38,7 @@ class Split:
   label: np.ndarray
 
 
-class Probe:
+class Probe(abc.ABC):
   """What classifies a test set by the features of a training set.
 
   An evaluator of it has `classify(train, test, check)`, which yields pairs of a
@@ -104,11 +105,11 @@ class Probe:
     """This process's batches of the test set, padding marked in `_mask`."""
     return iter(self.test.dataset)
 
+  @abc.abstractmethod
   def classify(
     self, train: Split, test: Split, check: Callable[[], None]
   ) -> Iterator[tuple[str, float]]:
     """Names and values of metrics; `check` is called for each fit."""
-    raise NotImplementedError
 
   def run(
     self,

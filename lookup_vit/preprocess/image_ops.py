@@ -319,9 +319,9 @@ def pad(size: Size, value: int = 0) -> ImageFn:
     missing = tf.maximum(size - tf.shape(image)[:2], 0)
     before = tf.concat([missing // 2, [0]], axis=0)
     after = tf.concat([missing - missing // 2, [0]], axis=0)
-    return tf.pad(
-      image, tf.stack([before, after], axis=1), constant_values=value
-    )
+    paddings = tf.stack([before, after], axis=1)
+    padded = tf.pad(image, paddings, constant_values=value)
+    return tf.ensure_shape(padded, [None, None, image.shape[-1]])
 
   return fn
 
