@@ -36,9 +36,8 @@ def program():
   return train_step.Program(config_utils.resolve(CONFIG), 2)
 
 
-@pytest.fixture(scope="module")
-def params(program):
-  """Random parameters, on which features depend on the digit."""
+def random_params(program):
+  """Parameters on which features depend on the digit."""
   rng = np.random.default_rng(0)
 
   def leaf(x):
@@ -47,6 +46,11 @@ def params(program):
     return (2 * draw).astype(np.float32)
 
   return jax.tree.map(leaf, program.state_shapes.params)
+
+
+@pytest.fixture(scope="module")
+def params(program):
+  return random_params(program)
 
 
 @pytest.fixture(scope="module")
