@@ -77,7 +77,7 @@ def multiply_adds(
   """
   lookup_grid = tokens.lookup_grid(image_size, model.patch_size)
   n, d = math.prod(lookup_grid), model.width
-  stem = n * math.prod(model.patch_size) * 3 * d
+  stem = _stem(model, n)
   heads = len(_heads(model)) if hasattr(model, "grid") else 1
   rest = heads * (model.num_classes or 0) * d
   slices = 1
@@ -85,6 +85,19 @@ def multiply_adds(
     slices = lookup_grid[0]
     rest += heads * model.temporal_depth * _vit_block(model, slices)
   return stem + slices * _encoder(model, n // slices, grid) + rest
+
+
+def _stem(model, n):
+  """From pixels to `n` tokens."""
+  d = model.width
+  if model.stem == "patch":
+    return n * math.prod(model.patch_size) * 3 * d
+  widths = tokens.stem_channels(d, model.patch_size)
+  macs, places, channels = n * d * d, n, [3, *widths]
+  for before, after in reversed(list(zip(channels, widths, strict=False))):
+    macs += places * 9 * before * after
+    places *= 4
+  return macs
 
 
 def _heads(model):

@@ -45,7 +45,7 @@ class _OfSlices:
   ) -> tuple[Float[Array, "b*T n D"], tokens.Grid]:
     """The tokens of every slice, and the grid of one."""
     x, (_, *grid) = tokens.tokenise(
-      videos, self.width, self.patch_size, cfg.dtype
+      videos, self.width, self.patch_size, cfg, self.stem
     )
     return x.reshape(-1, math.prod(grid), self.width), tuple(grid)
 

@@ -139,6 +139,7 @@ class LookupViT(nn.Module):
   reuse_scale: str = "none"  # or "tokens"
   lookup_mlp_ratio: float = 0.5
   mhbc_heads: int | None = None  # as num_heads
+  stem: str = "patch"  # or "conv": see tokens.py
   positions: str = "learned"  # or "sincos"
   qk_norm: bool = False
   attention: str = "auto"  # "direct", "chunked", "fused": see attention.py
@@ -169,7 +170,7 @@ class LookupViT(nn.Module):
     self, images: Float[Array, "b *space 3"], cfg: layers.LayerConfig
   ) -> tuple[Float[Array, "b n D"], tokens.Grid]:
     """The lookup tokens and their grid, from inside `__call__`."""
-    return tokens.tokenise(images, self.width, self.patch_size, cfg.dtype)
+    return tokens.tokenise(images, self.width, self.patch_size, cfg, self.stem)
 
   @nn.compact
   def __call__(

@@ -6,13 +6,14 @@ Tokens are `[batch, tokens, width]`, flattened in row-major order from a grid:
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from lookup_vit.models import layers
 
 Grid = tuple[int, ...]
 
@@ -106,15 +107,69 @@ def lookup_grid(image_size: Sequence[int], patch_size: Grid) -> Grid:
 
 
 def tokenise(
-  images: Float[Array, "b *space c"], width: int, patch_size: Grid, dtype: Any
+  images: Float[Array, "b *space c"],
+  width: int,
+  patch_size: Grid,
+  cfg: layers.LayerConfig,
+  stem: str = "patch",
 ) -> tuple[Float[Array, "b n D"], Grid]:
-  """Patch embedding, from inside a compact module; returns tokens and grid."""
+  """Tokens of patches, from inside a compact module, and their grid.
+
+  Args:
+    images: or videos.
+    width: of a token.
+    patch_size: of each axis.
+    cfg: of all layers.
+    stem: "patch" is linear in the pixels of a patch. "conv" (Xiao et al.,
+      arXiv:2106.14881, section 4) has 3x3 convolutions of stride 2, each with
+      twice the channels of the one before, and then a linear layer; here with
+      LayerNorm and GELU, where the paper has BatchNorm and ReLU.
+
+  Raises:
+    ValueError: the patch does not fit, there is no such stem, or it has no
+      convolutions for such a patch or width.
+  """
   grid = lookup_grid(images.shape[1:-1], patch_size)
+  x = images
+  if stem == "conv":
+    for i, channels in enumerate(stem_channels(width, patch_size)):
+      conv = nn.Conv(
+        *(channels, (3, 3), 2, 1),
+        use_bias=False,
+        dtype=cfg.dtype,
+        name=f"stem_{i}",
+      )
+      x = layers.layer_norm(cfg, f"stem_norm_{i}")(conv(x))
+      x = nn.gelu(x, approximate=cfg.gelu == "tanh")
+    patch_size = (1, 1)
+  elif stem != "patch":
+    raise ValueError(f"stem={stem!r}: want 'patch' or 'conv'.")
   embed = nn.Conv(
-    width, patch_size, patch_size, "VALID", dtype=dtype, name="embedding"
+    width, patch_size, patch_size, "VALID", dtype=cfg.dtype, name="embedding"
   )
-  x = embed(images)
+  x = embed(x)
   return x.reshape(x.shape[0], -1, width), grid
+
+
+def stem_channels(width: int, patch_size: Grid) -> list[int]:
+  """Channels of the convolutions that make a token of a patch; see `tokenise`.
+
+  Raises:
+    ValueError: the patch is not square with a side of 2, 4, 8, ..., or the
+      width cannot be halved so often.
+  """
+  count = patch_size[0].bit_length() - 1
+  if tuple(patch_size) != (2**count,) * 2 or not count:
+    raise ValueError(
+      f"stem='conv' wants a square patch of 2, 4, 8 or 16 pixels, not "
+      f"{tuple(patch_size)}."
+    )
+  if width % 2 ** (count - 1):
+    raise ValueError(
+      f"stem='conv' with a patch of {2**count} pixels wants a width that "
+      f"{2 ** (count - 1)} divides, not {width}."
+    )
+  return [width >> i for i in reversed(range(count))]
 
 
 def positions(

@@ -58,6 +58,7 @@ class ViT(nn.Module):
   mlp_ratio: float
   patch_size: tokens.Grid
   pool: str = "gap"  # "gap": mean, "map": attention, "tok": class token
+  stem: str = "patch"  # or "conv": see tokens.py
   positions: str = "learned"  # or "sincos"
   qk_norm: bool = False
   attention: str = "auto"  # "direct", "chunked", "fused": see attention.py
@@ -76,7 +77,7 @@ class ViT(nn.Module):
     self, images: Float[Array, "b *space 3"], cfg: layers.LayerConfig
   ) -> tuple[Float[Array, "b n D"], tokens.Grid]:
     """The tokens of the patches and their grid, from inside `__call__`."""
-    return tokens.tokenise(images, self.width, self.patch_size, cfg.dtype)
+    return tokens.tokenise(images, self.width, self.patch_size, cfg, self.stem)
 
   @nn.compact
   def __call__(

@@ -59,6 +59,7 @@ def test_pooling(pool):
     dict(heads="compressed", reuse="none"),
     dict(heads="lookup"),
     dict(compressed_init="average"),
+    dict(stem="conv"),
     dict(compressed_init="learned", grid=(3, 3)),
   ],
 )

@@ -198,9 +198,13 @@ def first_compressed(spec, params, lookup, pos, grid):
   return fit(lookup, grid, spec.grid) + fit(pos, grid, spec.grid)
 
 
-def tokenise(spec, p, images):
+def tokenise(spec, params, images):
   """The tokens of the patches, in row-major order, and their grid."""
-  patch = spec.patch_size
+  patch, p, i = spec.patch_size, params["embedding"], 0
+  while f"stem_{i}" in params:
+    images = convolve(params[f"stem_{i}"]["kernel"], images)
+    images = gelu(spec, layer_norm(spec, params[f"stem_norm_{i}"], images))
+    patch, i = (1, 1), i + 1
   grid = tuple(n // k for n, k in zip(images.shape[1:-1], patch, strict=True))
   kernel = np.reshape(p["kernel"], (-1, p["kernel"].shape[-1]))
   tokens = []
@@ -211,6 +215,21 @@ def tokenise(spec, p, images):
     pixels = np.reshape(images[(slice(None), *window)], (len(images), -1))
     tokens.append(np.dot(pixels, kernel) + p["bias"])
   return np.stack(tokens, axis=1), grid
+
+
+def convolve(kernel, images):
+  """3x3 convolution of stride 2 of images with a border of zeros."""
+  padded = np.concatenate([0 * images[:, :1], images], axis=1)
+  padded = np.concatenate([0 * padded[:, :, :1], padded], axis=2)
+  kernel = np.reshape(kernel, (-1, kernel.shape[-1]))
+  rows = []
+  for y in range(0, images.shape[1], 2):
+    row = []
+    for x in range(0, images.shape[2], 2):
+      window = padded[:, y : y + 3, x : x + 3]
+      row.append(np.dot(np.reshape(window, (len(images), -1)), kernel))
+    rows.append(np.stack(row, axis=1))
+  return np.stack(rows, axis=1)
 
 
 def sincos(grid, width):
@@ -248,7 +267,7 @@ def depth_of(params):
 
 def lookup_vit(spec, params, images):
   """All that the model can return, whatever is asked for."""
-  lookup, grid = tokenise(spec, params["embedding"], images)
+  lookup, grid = tokenise(spec, params, images)
   return lookup_heads(spec, params, lookup_encoder(spec, params, lookup, grid))
 
 
@@ -299,7 +318,7 @@ def lookup_vit_loss(spec, params, images, labels):
 
 def vit(spec, params, images):
   """All that the model can return, whatever is asked for."""
-  x, grid = tokenise(spec, params["embedding"], images)
+  x, grid = tokenise(spec, params, images)
   return vit_head(params, vit_encoder(spec, params, x, grid))
 
 
@@ -351,7 +370,7 @@ def vit_loss(spec, params, images, labels):
 def factorised(spec, params, videos):
   """All that a factorised encoder can return: by slices, then over time."""
   p = params["spatial"]
-  x, (time, *space) = tokenise(spec, p["embedding"], videos)
+  x, (time, *space) = tokenise(spec, p, videos)
   n = math.prod(space)
   encode = vit_encoder if "temporal" in params else lookup_encoder
   slices = [
