@@ -21,6 +21,13 @@ from lookup_vit.train_step import Program
 
 log = logging.getLogger("lookup_vit")
 
+# Fields of a model that make another of it, beside the variant and the grid.
+_PARTS = (
+  *("spatial", "width", "depth", "stem", "pool", "positions", "qk_norm"),
+  *("mlp_ratio", "lookup_mlp_ratio", "mhbc_heads", "heads", "reuse"),
+  *("reuse_scale", "compressed_init"),
+)
+
 
 def write(
   workdir: str,
@@ -121,7 +128,6 @@ def _tokens_read(program, grid):
 
 def _variant(fields):
   """The variant, with what a config changes of its parts and size."""
-  names = ("spatial", "width", "depth")
-  changed = [f"{k} {fields[k]}" for k in names if k in fields]
+  changed = [f"{k} {fields[k]}" for k in _PARTS if k in fields]
   variant = fields.get("variant", "B/16")
   return f"{variant} ({', '.join(changed)})" if changed else variant

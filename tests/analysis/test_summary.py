@@ -96,8 +96,10 @@ def test_results_without_a_grid():
     (dict(width=64), "mu/8 (width 64)"),
     (dict(depth=3), "mu/8 (depth 3)"),
     (dict(depth=3, width=64), "mu/8 (width 64, depth 3)"),
-    # No change of size.
-    (dict(pool="tok"), "mu/8"),
+    (dict(stem="conv", width=64), "mu/8 (width 64, stem conv)"),
+    (dict(pool="tok"), "mu/8 (pool tok)"),
+    # No other model.
+    (dict(dropout=0.1), "mu/8"),
   ],
 )
 def test_variant_names_what_the_config_changes(monkeypatch, fields, variant):
