@@ -244,13 +244,19 @@ def resolve(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
       f"config.input.batch_size={batch}: want a multiple of "
       f"config.grad_accum_steps={accum}."
     )
-  for name, value in full["evals"].items():
-    if "/" in name or not isinstance(value, dict):
-      raise ValueError(
-        f"config.evals: want dicts by names without a slash, not {name!r}: "
-        f"{value!r}."
-      )
+  with at_fault("config.evals"):
+    check_evals(full["evals"])
   return ml_collections.ConfigDict(full)
+
+
+def check_evals(evals: Mapping[str, Any]) -> None:
+  """Raises ValueError where these are no evaluators by name."""
+  for name, value in evals.items():
+    is_dict = isinstance(value, Mapping | ml_collections.ConfigDict)
+    if "/" in name or not is_dict:
+      raise ValueError(
+        f"want dicts by names without a slash, not {name!r}: {value!r}."
+      )
 
 
 def _complete(defaults, given, where):

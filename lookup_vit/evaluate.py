@@ -62,8 +62,9 @@ def evaluate(
     grids: compressed grids; those of each evaluator if empty.
 
   Returns:
-    The rows of results (see `analysis.summary.results`). They are written to
-    `evaluation_STEP.json` too, over those of the same names and grids there.
+    The rows of results (see `analysis.summary.results`). Those of
+    each evaluator are written to `evaluation_STEP.json` when it is done, over
+    those of the same names and grids there.
 
   Raises:
     ValueError: no work directory, no such checkpoint, a damaged one, no
@@ -97,15 +98,16 @@ def evaluate(
   )
   path = config_utils.workdir_path(workdir) / f"evaluation_{step}.json"
   kept = config_utils.read_json(path) if path.exists() else []
-  metrics = {}
+  rows = []
   for evaluator, _ in chosen.values():
-    metrics.update(evaluator.run(params, workdir=workdir))
-  rows = summary.results(program, metrics)
-  if jax.process_index() != 0:
-    return rows
-  new = {(row["split"], row["grid"]) for row in rows}
-  kept = [row for row in kept if (row["split"], row["grid"]) not in new]
-  path.write_text(json.dumps(kept + rows, indent=2))
+    metrics = dict(evaluator.run(params, workdir=workdir))
+    found = summary.results(program, metrics)
+    rows += found
+    new = {(row["split"], row["grid"]) for row in found}
+    kept = [row for row in kept if (row["split"], row["grid"]) not in new]
+    kept += found
+    if jax.process_index() == 0:
+      path.write_text(json.dumps(kept, indent=2))
   return rows
 
 
@@ -135,6 +137,7 @@ def choose(
     elif ".py" in item:
       with config_utils.at_fault(f"--evals={item}"):
         found = config_utils.load(item)
+        config_utils.check_evals(found)
     else:
       raise ValueError(
         f"--evals={item}: the config has {', '.join(config.evals) or 'none'}; "

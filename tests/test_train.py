@@ -118,6 +118,22 @@ def test_evaluates_what_the_config_does_not_name(run, tmp_path, caplog):
   assert kept == {*names, ("test", "1x3")}
 
 
+def test_what_was_evaluated_before_an_error_stays(run):
+  _, workdir, _ = run
+  path = os.path.join(workdir, "evaluation_8.json")
+  with pytest.raises(
+    ValueError, match="few_shot.shots: class 0 has .* want 25"
+  ):
+    evaluate.evaluate(workdir, step=8, evals=["classification", "few_shot"])
+  with open(path) as f:
+    rows = json.load(f)
+  assert [(r["split"], r["grid"]) for r in rows] == [
+    ("classification", "2x2"),
+    ("classification", "1x3"),
+  ]
+  os.remove(path)
+
+
 def test_damaged_results_of_an_earlier_evaluation(run, monkeypatch):
   _, workdir, _ = run
   path = os.path.join(workdir, "evaluation_8.json")
@@ -138,6 +154,8 @@ def test_damaged_results_of_an_earlier_evaluation(run, monkeypatch):
     (dict(evals=["val"]), "--evals=val: the config has test; types are capt"),
     (dict(evals=["test", "test"]), "--evals: there are two evaluators 'test'"),
     (dict(evals=["no/such.py"]), "--evals=no/such.py"),
+    # A config of a training.
+    (dict(evals=["configs/digits_vit.py"]), "vit.py: want dicts by names"),
     (dict(grids=[(9, 9)]), "config.evals.test.grids"),
     (dict(step=5), "has no checkpoint 5, only [4, 8, 12]"),
   ],

@@ -25,7 +25,7 @@ FLAGS = flags.FLAGS
 # Fields of a model that do not change what it learns; its own grid is one, as
 # those that it is trained at count.
 _IGNORED = (
-  *("parent", "name", "num_classes", "grid"),
+  *("parent", "name", "num_classes", "grid", "encoder"),
   *("scan", "remat_policy", "attention"),
 )
 
@@ -98,16 +98,11 @@ def settings(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     fields of the model that are not what they are by default.
   """
   model = train_step.build_model(config)
-  fields = [f for f in dataclasses.fields(model) if f.name not in _IGNORED]
-  found = {f.name: getattr(model, f.name) for f in fields}
-  if found.get("mhbc_heads") == model.num_heads:
-    found["mhbc_heads"] = None  # As many as by default.
-  variant = variants.decode_variant(config.model.get("variant", "B/16"))
-  default = {"mlp_ratio": variant["mlp_ratio"]}
-  default |= {
-    f.name: f.default for f in fields if f.default is not dataclasses.MISSING
-  }
-  changes = {k: found[k] for k, v in default.items() if found[k] != v}
+  found, changes = _of_model(model, config.model)
+  if hasattr(model, "encoder"):
+    both = _of_model(model.encoder, config.model.get("encoder", {}))
+    for all_of, some in zip((found, changes), both, strict=True):
+      all_of.update({f"encoder.{name}": value for name, value in some.items()})
   if hasattr(model, "grid"):
     grids = train_step.train_grids(config, model)
     found["grids"] = ", ".join(map(config_utils.format_grid, grids))
@@ -117,6 +112,21 @@ def settings(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if not any(f"{name}.".startswith(f"{skip}.") for skip in skipped):
       found[name] = value
   return found, changes
+
+
+def _of_model(model, given):
+  """Fields of a module but for its encoder, and those that are changed."""
+  fields = [f for f in dataclasses.fields(model) if f.name not in _IGNORED]
+  found = {f.name: getattr(model, f.name) for f in fields}
+  default = {
+    f.name: f.default for f in fields if f.default is not dataclasses.MISSING
+  }
+  if "mlp_ratio" in found:
+    size = given.get("variant", "B").split("/")[0]
+    default["mlp_ratio"] = variants.decode_size(size)["mlp_ratio"]
+  if "mhbc_heads" in found and found["mhbc_heads"] == model.num_heads:
+    found["mhbc_heads"] = None  # As many as by default.
+  return found, {k: found[k] for k, v in default.items() if found[k] != v}
 
 
 # Groups of runs.
@@ -186,7 +196,8 @@ def report(runs: Sequence[Run]) -> str:
   stability = [
     found
     for found in others
-    if set(differences(default[0], found[0])) <= set(_OF_STABILITY)
+    if "width" in found[0].settings
+    and set(differences(default[0], found[0])) <= set(_OF_STABILITY)
   ]
   rest = [found for found in others if found not in stability]
   parts = []

@@ -22,6 +22,9 @@ from lookup_vit import parallel
 _FIRST = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 _FINEST = 0.125
 
+# Mean loss below which the gradient need not be smaller; float32 has not more.
+_LEAST_LOSS = 1e-3
+
 
 @functools.partial(jax.jit, static_argnames=("classes", "max_steps"))
 def _fit(x, labels, weights, c, tolerance, classes, max_steps):
@@ -56,19 +59,24 @@ def _fit(x, labels, weights, c, tolerance, classes, max_steps):
     return functools.reduce(jnp.maximum, [jnp.max(abs(g)) for g in grads])
 
   def unfinished(carry):
-    _, state, step = carry
-    return (step == 0) | ((step < max_steps) & (largest(state) > tolerance))
+    _, state, before, step = carry
+    value = optax.tree.get(state, "value")
+    # Of classes that are told apart, loss and gradient vanish together.
+    small = largest(state) <= tolerance * jnp.clip(value, _LEAST_LOSS, 1.0)
+    # Where no step is less, float32 has come to its end.
+    goes_on = (step < 2) | (value < before)
+    return (step == 0) | ((step < max_steps) & ~small & goes_on)
 
   def body(carry):
-    params, state, step = carry
+    params, state, _, step = carry
     value, grad = value_and_grad(params, state=state)
     updates, state = solver.update(
       grad, state, params, value=value, grad=grad, value_fn=loss
     )
-    return optax.apply_updates(params, updates), state, step + 1
+    return optax.apply_updates(params, updates), state, value, step + 1
 
-  carry = (params, solver.init(params), 0)
-  (kernel, bias), state, steps = jax.lax.while_loop(unfinished, body, carry)
+  carry = (params, solver.init(params), jnp.inf, 0)
+  (kernel, bias), state, _, steps = jax.lax.while_loop(unfinished, body, carry)
   kernel = unit[:, None] * kernel
   bias = bias_unit * bias - jnp.dot(mean, kernel, precision="highest")
   return kernel, bias, steps, largest(state)
@@ -123,22 +131,26 @@ def fit(
 
 
 @jax.jit
-def _share(classifier, x, labels, weights):
+def _evaluate(classifier, x, labels, weights):
   kernel, bias = classifier
-  best = jnp.argmax(jnp.dot(x, kernel, precision="highest") + bias, axis=-1)
-  return weights @ (best == labels) / jnp.sum(weights)
+  logits = jnp.dot(x, kernel, precision="highest") + bias
+  right = jnp.argmax(logits, axis=-1) == labels
+  each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  total = jnp.sum(weights)
+  return weights @ right / total, weights @ each / total
 
 
-def accuracy(classifier: Classifier, examples: Examples) -> float:
-  """The share of examples whose most probable class is theirs."""
-  return float(_share(classifier, *examples))
+def evaluate(classifier: Classifier, examples: Examples) -> tuple[float, float]:
+  """Top-1, the share of examples told right, and mean cross-entropy."""
+  top1, loss = _evaluate(classifier, *examples)
+  return float(top1), float(loss)
 
 
-def search(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+def search(score: Callable[[float], Any]) -> tuple[float, dict[float, Any]]:
   """CLIP's search for C: 7 values from 1e-6 to 1e6, then finer four times.
 
   Args:
-    score: of a C; the higher the better.
+    score: of a C, a number or a tuple of them; the higher the better.
 
   Returns:
     The best C, of equal ones the smallest, and the score of each that was

@@ -5,14 +5,17 @@ python -m lookup_vit.analysis.report --output=report.html \
 
 The page is self-contained: HTML, or Markdown where the output ends in `.md`.
 Runs that differ in their seed alone are a row, with mean and standard deviation
-(over n - 1). What was evaluated after training counts too, of the newest
-checkpoint (`evaluation_STEP.json`).
+(over n - 1). What was evaluated after training counts too
+(`evaluation_STEP.json`), of the last step alone; of a run that has not come to
+its end, of the newest.
 """
 
 import base64
 import dataclasses
+import functools
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,23 +87,44 @@ def read(workdir: str) -> Run:
   config = config_utils.read_workdir(workdir)
   folder = config_utils.workdir_path(workdir)
   found: dict[tuple[str, str | None], dict[str, Any]] = {}
-  evaluations = sorted(
-    folder.glob("evaluation_*.json"),
-    key=lambda path: int(path.stem.rpartition("_")[2]),
-  )
-  for path in [folder / "results.json", *evaluations[-1:]]:
+  evaluations = {
+    int(path.stem.rpartition("_")[2]): path
+    for path in folder.glob("evaluation_*.json")
+  }
+  paths = [folder / "results.json"]
+  if paths[0].exists():
+    paths += [
+      path for s, path in evaluations.items() if s == config.total_steps
+    ]
+  elif evaluations:
+    paths = [evaluations[max(evaluations)]]
+  for path in paths:
     if path.exists():
       for row in config_utils.read_json(path):
         own = config.evals.get(row["split"], {"type": row["split"]})
         row.setdefault("type", own["type"])  # Of runs that do not say.
         found[row["split"], row["grid"]] = row
-  distances = []
-  for path in sorted(folder.glob("feature_distance_*.json")):
-    distances += config_utils.read_json(path)
+  distances = _distances(folder, found.values())
   path = folder / "attention_maps.png"
   pictures = {workdir: path.read_bytes()} if path.exists() else {}
   settings = ablations.settings(config)
   return Run(workdir, *settings, list(found.values()), distances, pictures)
+
+
+def _distances(folder, rows):
+  """Histograms of the first evaluator of them, as far as they are of rows."""
+  rows = [row for row in rows if row["type"] == "feature_distance"]
+  if not rows:
+    return []
+  path = folder / f"feature_distance_{rows[0]['split']}.json"
+  means = {
+    (row["grid"], value)
+    for row in rows
+    for name, value in row.items()
+    if row["split"] == rows[0]["split"] and name.startswith("severity_")
+  }
+  histograms = config_utils.read_json(path) if path.exists() else []
+  return [h for h in histograms if (h["grid"], h.get("mean")) in means]
 
 
 def groups(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
@@ -115,7 +139,8 @@ def groups(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     if not run.rows:
       continue
     row = run.rows[0]
-    changes = {k: v for k, v in run.changes.items() if k not in _OF_SIZE}
+    told = [*_OF_SIZE, *re.findall(r"[(,] ?(\w+) ", row["variant"])]
+    changes = {k: v for k, v in run.changes.items() if k not in told}
     words = [accuracy_vs_flops.model_name(row)]
     words += [f"{name} {value}" for name, value in changes.items()]
     trained = ", ".join(row.get("trained_grids", ()))
@@ -195,18 +220,41 @@ def missing(runs: Sequence[Run]) -> str:
         "`python -m lookup_vit.train` with its config."
       )
       continue
-    lacking = [
-      kind
-      for _, kind, metric, _ in COLUMNS
-      if not any(row.get("type") == kind and metric in row for row in run.rows)
-    ]
-    if lacking:
-      lines.append(
-        f"- `{run.workdir}`: {', '.join(lacking)}. `python -m "
-        f"lookup_vit.evaluate --workdir={run.workdir} "
-        f"--evals={','.join(lacking)}`"
+    lacking: dict[tuple[str | None, ...], list[str]] = {}
+    for _, kind, metric, _ in COLUMNS:
+      grids = tuple(
+        grid
+        for grid in _wanted_grids(run, kind, runs)
+        if not len(values([run], grid, kind, metric))
       )
+      if grids:
+        lacking.setdefault(grids, []).append(kind)
+    for grids, kinds in lacking.items():
+      at = ",".join(filter(None, grids))
+      what = ", ".join(kinds) + (f" at {at}" if at else "")
+      command = (
+        f"python -m lookup_vit.evaluate --workdir={run.workdir} "
+        f"--evals={','.join(_names(run, kinds))}"
+      )
+      command += f" --grid={at}" if at else ""
+      lines.append(f"- `{run.workdir}`: {what}. `{command}`")
   return "\n".join(lines) or "Nothing of the tables."
+
+
+def _wanted_grids(run, kind, runs):
+  """Those of its training; of top-1, those of models trained at several too."""
+  trained = run.rows[0].get("trained_grids") or [None]
+  if kind != "classification" or trained == [None]:
+    return trained
+  others = [r.rows[0].get("trained_grids", ()) for r in runs if r.rows]
+  several = [grid for grids in others if len(grids) > 1 for grid in grids]
+  return list(dict.fromkeys([*trained, *several]))
+
+
+def _names(run, kinds):
+  """What to evaluate: a classification evaluator by its own name."""
+  own = {row.get("type"): row["split"] for row in reversed(run.rows)}
+  return [own[k] if k == "classification" and k in own else k for k in kinds]
 
 
 def corruption_table(runs: Sequence[Run]) -> str:
@@ -255,21 +303,39 @@ def severity_curves(runs: Sequence[Run], axes: Any) -> bool:
   return drawn
 
 
-def distance_curves(runs: Sequence[Run], axes: Any) -> bool:
-  """Distribution of the features' distances, over severities and seeds."""
+def distance_table(runs: Sequence[Run]) -> str:
+  """Mean distance of features at each severity, mean over seeds."""
+  kind, head, columns = "feature_distance", ["severity"], []
+  for name, trained, members in groups(runs):
+    for grid in _grids(members):
+      if len(values(members, grid, kind, "distance")):
+        head.append(" ".join(filter(None, [name, trained and grid])))
+        columns.append((members, grid))
+  lines = []
+  for s in range(1, 6):
+    each = [values(*column, kind, f"severity_{s}") for column in columns]
+    if any(len(x) for x in each):
+      lines.append([str(s), *(_mean(x, 1, 3) for x in each)])
+  return _table(head, lines) if lines else ""
+
+
+def distance_curves(runs: Sequence[Run], axes: Any, severity: int) -> bool:
+  """Distribution of the features' distances at a severity, over seeds."""
   drawn = False
   for name, trained, members in groups(runs):
     found: dict[str | None, list[list[float]]] = {}
     for run in members:
       for histogram in run.distances:
-        found.setdefault(histogram["grid"], []).append(histogram["shares"])
+        if histogram["severity"] == severity:
+          found.setdefault(histogram["grid"], []).append(histogram["shares"])
     for grid, shares in found.items():
       mean = np.mean(shares, axis=0)
       middles = (np.arange(len(mean)) + 0.5) * 2 / len(mean)
       label = " ".join(filter(None, [name, trained and grid]))
       axes.plot(middles, mean * len(mean) / 2, label=label)
       drawn = True
-  axes.set_xlabel("distance from the clean image's features (1: another image)")
+  axes.set_title(f"severity {severity}")
+  axes.set_xlabel("distance (1: another image)")
   axes.set_ylabel("density")
   return drawn
 
@@ -294,13 +360,25 @@ def multi_resolution(runs: Sequence[Run]) -> str:
   return _table(head, lines) if lines else ""
 
 
-def _figure(draw: Callable[[Sequence[Run], Any], bool], runs) -> bytes | None:
-  figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+def _figure(draws: Sequence[Callable[..., bool]], runs) -> bytes | None:
+  """A panel for each of what there is."""
+  figure, panels = plt.subplots(
+    *(1, len(draws)),
+    figsize=(6, 4) if len(draws) == 1 else (3.5 * len(draws), 3.5),
+    layout="constrained",
+    squeeze=False,
+  )
   try:
-    if not draw(runs, axes):
+    drawn = []
+    for draw, axes in zip(draws, panels[0], strict=True):
+      if draw(runs, axes):
+        axes.grid(alpha=0.3)
+        drawn.append(axes)
+      else:
+        axes.remove()
+    if not drawn:
       return None
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    drawn[0].legend(fontsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")
     return buffer.getvalue()
@@ -309,12 +387,15 @@ def _figure(draw: Callable[[Sequence[Run], Any], bool], runs) -> bytes | None:
 
 
 def _accuracy_figure(runs):
-  rows = [
-    row
-    for run in runs
-    for row in run.rows
-    if row.get("type") == "classification"
-  ]
+  """Means over seeds."""
+  rows = []
+  for _, _, members in groups(runs):
+    found: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+    for row in (row for run in members for row in run.rows):
+      if row.get("type") == "classification":
+        found.setdefault((row["split"], row["grid"]), []).append(row)
+    for same in found.values():
+      rows.append(same[0] | {"top1": np.mean([row["top1"] for row in same])})
   return accuracy_vs_flops.draw(rows) if rows else None
 
 
@@ -365,9 +446,11 @@ def page(runs: Sequence[Run], folders: Sequence[str] = ()) -> str:
   )
   how = evaluated.format("robustness")
   add("Top-1 under corruption (%)", corruption_table(runs), how)
-  add("Top-1 over severity", _figure(severity_curves, runs), how)
+  add("Top-1 over severity", _figure([severity_curves], runs), how)
   how = evaluated.format("feature_distance")
-  add("Feature distance", _figure(distance_curves, runs), how)
+  add("Feature distance", distance_table(runs), how)
+  curves = [functools.partial(distance_curves, severity=s) for s in range(1, 6)]
+  add("Distribution of feature distances", _figure(curves, runs), how)
   tables = _ablations(runs)
   add("Ablations and stability", tables, "`bash launch/ablations.sh`")
   content = [

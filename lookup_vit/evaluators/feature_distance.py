@@ -29,8 +29,8 @@ class Evaluator:
 
   Yields `NAME/METRIC`, for LookupViT `NAME/GRID/METRIC`: `severity_S`, the mean
   over images and corruptions, and `distance`, that over severities too. In a
-  work directory it leaves `feature_distance_NAME.json`, with the histogram of
-  each severity and grid over `BINS`, as shares.
+  work directory it leaves `feature_distance_NAME.json`, with a dict for
+  each `grid` and `severity`: `mean`, and `shares` of distances over `BINS`.
 
   Args:
     program: of the backbone.
@@ -73,9 +73,9 @@ class Evaluator:
     )
     corruptions = shared.some(f"{where}.corruptions", corruptions, ops.NAMES)
 
-    def of(pp):
+    def of(pp, like=None):
       return Features(
-        *(program, name, "data", data, pp, batch_size, features, block)
+        *(program, name, "data", data, pp, batch_size, features, block, like)
       )
 
     self.clean = of(pp_fn)
@@ -86,7 +86,7 @@ class Evaluator:
       with config_utils.at_fault(f"{where}.pp_fn"):
         op = f"corrupt{(corruption, severity)}"
         pp = registry.insert_before(pp_fn, "value_range", op)
-      self.corrupted[severity, corruption] = of(pp)
+      self.corrupted[severity, corruption] = of(pp, self.clean)
 
   def batches(self) -> Iterator[dict[str, Any]]:
     """This process's batches of what is not corrupted."""
@@ -103,11 +103,17 @@ class Evaluator:
     Args:
       params: of the model.
       check: called for each batch; what it raises ends the evaluation.
-      workdir: where the histograms are written; nowhere if None.
+      workdir: where the histograms are written, over those of the same grids
+        and severities; nowhere if None.
 
     Yields:
       Names and values.
     """
+    path, kept = None, []
+    if workdir is not None:
+      folder = config_utils.workdir_path(workdir)
+      path = folder / f"feature_distance_{self.name}.json"
+      kept = config_utils.read_json(path) if path.exists() else []
     clean = self.clean.extract(params, self.grids, check)
     found = {(s, grid): [] for s in self.severities for grid in self.grids}
     for (severity, _), part in self.corrupted.items():
@@ -126,14 +132,15 @@ class Evaluator:
           dict(
             grid=grid and config_utils.format_grid(grid),
             severity=severity,
+            mean=float(means[-1]),
             shares=(counts / len(values)).tolist(),
           )
         )
       yield f"{where}distance", float(np.mean(means))
-    if workdir is not None and jax.process_index() == 0:
-      folder = config_utils.workdir_path(workdir)
-      path = folder / f"feature_distance_{self.name}.json"
-      path.write_text(json.dumps(histograms))
+    if path is not None and jax.process_index() == 0:
+      new = {(h["grid"], h["severity"]) for h in histograms}
+      kept = [h for h in kept if (h["grid"], h["severity"]) not in new]
+      path.write_text(json.dumps(kept + histograms))
 
 
 def distances(

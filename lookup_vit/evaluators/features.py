@@ -152,6 +152,8 @@ class Features:
     batch_size: global; that of training where none is given.
     features: see `pooling.check`.
     block: see there.
+    like: others of the same program, `features` and `block`, whose compiled
+      forward pass serves these too.
 
   Raises:
     ValueError: data, preprocessing, features or batch size that cannot work.
@@ -167,6 +169,7 @@ class Features:
     batch_size: int | None,
     features: str | None,
     block: int | None,
+    like: "Features | None" = None,
   ):
     where = f"config.evals.{name}"
     self.program = program
@@ -188,9 +191,11 @@ class Features:
     with config_utils.at_fault(where):
       pooling.check(self.encoder, features, block)
     self.features, self.block = features, block
-    self._pool = program.compile(
-      self._forward, parallel.replicated(program.mesh), static_argnums=2
-    )
+    self._pool = like and like._pool
+    if like is None:
+      self._pool = program.compile(
+        self._forward, parallel.replicated(program.mesh), static_argnums=2
+      )
 
   def _forward(self, params, images, grid):
     fields = {} if grid is None else {"grid": grid}

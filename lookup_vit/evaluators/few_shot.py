@@ -60,12 +60,14 @@ class Evaluator(Probe):
     self, train: Split, test: Split, check: Callable[[], None]
   ) -> Iterator[tuple[str, float]]:
     """See `Probe`."""
+    # What is missing is said before anything is fitted.
+    with config_utils.at_fault(f"{self.where}.shots"):
+      draw(train.label, self.classes, max(self.shots), 0)
     for shots in self.shots:
       found = []
       for seed in range(self.seeds):
         check()
-        with config_utils.at_fault(f"{self.where}.shots"):
-          places = draw(train.label, self.classes, shots, seed)
+        places = draw(train.label, self.classes, shots, seed)
         x, label = train.x[places], train.label[places]
         best = predict(x, label, test.x, self.classes)
         found.append(np.mean(best == test.label))

@@ -57,10 +57,41 @@ def test_as_scikit_learn(mesh, c):
   there = mean @ want.coef_.T + want.intercept_
   np.testing.assert_allclose(got, there - there.mean(), rtol=0.02, atol=2e-3)
   test_x, test_labels = draw(500, 2)
-  found = logistic_regression.accuracy(
+  found, _ = logistic_regression.evaluate(
     (kernel, bias), logistic_regression.put(test_x, test_labels, mesh)
   )
   assert abs(found - want.score(test_x, test_labels)) <= 0.002
+
+
+@pytest.mark.parametrize("c", [1.0, 100.0, 1e4])
+def test_classes_that_are_apart(mesh, c):
+  """The loss has no least value but for the penalty."""
+  rng = np.random.default_rng(5)
+  centres = 2 * rng.standard_normal((CLASSES, 13))
+
+  def draw_apart(count, spread):
+    labels = rng.integers(CLASSES, size=count).astype(np.int32)
+    x = centres[labels] + spread * rng.standard_normal((count, 13))
+    return x.astype(np.float32), labels
+
+  x, labels = draw_apart(300, 0.5)
+  examples = logistic_regression.put(x, labels, mesh)
+  found = logistic_regression.fit(examples, CLASSES, c)
+  assert logistic_regression.evaluate(found, examples)[0] == 1
+  want = linear_model.LogisticRegression(
+    C=c, solver="newton-cholesky", tol=1e-8, max_iter=1000
+  )
+  want.fit(x.astype(np.float64), labels)
+  # Farther from the centres, where some are told wrong.
+  x, labels = draw_apart(2000, 2.0)
+  got, loss = logistic_regression.evaluate(
+    found, logistic_regression.put(x, labels, mesh)
+  )
+  theirs = want.predict_log_proba(x.astype(np.float64))
+  assert 0.8 < want.score(x, labels) < 1
+  assert abs(got - want.score(x, labels)) <= 0.002
+  theirs = -np.mean(theirs[np.arange(len(x)), labels])
+  np.testing.assert_allclose(loss, theirs, rtol=0.1)
 
 
 def test_padding_does_not_count(mesh):
@@ -74,11 +105,11 @@ def test_padding_does_not_count(mesh):
     logistic_regression.fit(b, CLASSES, 1.0),
     strict=True,
   ):
-    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
   fitted = logistic_regression.fit(a, CLASSES, 1.0)
   best = np.argmax(x[:57] @ np.asarray(fitted[0]) + fitted[1], axis=-1)
   for examples in (a, b):
-    got = logistic_regression.accuracy(fitted, examples)
+    got, _ = logistic_regression.evaluate(fitted, examples)
     assert got == pytest.approx(np.mean(best == labels[:57]))
 
 
@@ -100,6 +131,12 @@ def test_search_finds_a_single_peak(peak):
 def test_search_takes_the_smallest_of_equal_ones():
   best, _ = logistic_regression.search(lambda c: float(c >= 0.9))
   assert best == pytest.approx(1.0)
+
+
+def test_search_takes_the_second_score_of_equal_ones():
+  score = lambda c: (c > 0.001, -abs(np.log10(c) - 2.5))  # noqa: E731
+  best, _ = logistic_regression.search(score)
+  assert best == pytest.approx(10**2.5)
 
 
 def test_hold_out():

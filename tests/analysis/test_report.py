@@ -65,6 +65,7 @@ def workdirs(tmp_path_factory):
     newest = [
       row("linear_probe", "2x2", top1=0.8 + shift, C=1.0),
       row("robustness", "2x2", mce=0.4 - shift, top1=0.9, **corrupted),
+      row("feature_distance", "2x2", "x", distance=0.3, severity_1=0.3 + shift),
     ]
     shares = RNG.dirichlet(np.ones(100)).tolist()
     found["lookup", seed] = write_run(
@@ -73,7 +74,11 @@ def workdirs(tmp_path_factory):
         9: [row("linear_probe", "2x2", top1=0.1, C=1.0)],
         12: newest,
       },
-      distances=[dict(grid="2x2", severity=1, shares=shares)],
+      distances=[
+        dict(grid="2x2", severity=1, mean=0.3 + shift, shares=shares),
+        # Of another checkpoint.
+        dict(grid="3x3", severity=1, mean=0.7, shares=shares),
+      ],
     )
   for grid in ("2x2", "3x3"):
     rows = [row("classification", grid, "test", top1=0.9125, loss=1.0)]
@@ -142,21 +147,31 @@ def test_corruptions(runs):
 
 def test_distances(runs):
   figure, axes = report.plt.subplots()
-  assert report.distance_curves(runs, axes)
+  assert not report.distance_curves(runs, axes, 2)
+  assert report.distance_curves(runs, axes, 1)
   [line] = axes.lines
   x, y = line.get_xdata(), line.get_ydata()
   assert np.sum(y) * (x[1] - x[0]) == pytest.approx(1)  # A density.
   want = np.mean([r.distances[0]["shares"] for r in runs[:2]], axis=0)
   np.testing.assert_allclose(y * (x[1] - x[0]), want)
   report.plt.close(figure)
+  head, _, line = cells(report.distance_table(runs))
+  assert head == ["severity", "LookupViT mu/8 2x2"]
+  assert line == ["1", "0.310 ± 0.014"]
 
 
 def test_missing(runs, workdirs):
   text = report.missing(runs)
   lines = text.splitlines()
-  assert len(lines) == len(runs)
-  [lookup] = [line for line in lines if workdirs["lookup", 0] in line]
-  assert "--evals=few_shot,knn,feature_distance,speed`" in lookup
+  lookup = [line for line in lines if workdirs["lookup", 0] in line]
+  assert len(lookup) == 2
+  few, rest = sorted(lookup, key=lambda line: "few_shot" in line)
+  evals = "linear_probe,robustness,feature_distance"
+  assert f"--evals={evals} --grid=3x3`" in few
+  assert "--evals=few_shot,knn,speed --grid=2x2,3x3`" in rest
+  # Those of one grid are to be evaluated at all of the other's.
+  single = [line for line in lines if workdirs["single", "3x3"] in line]
+  assert any("--evals=test --grid=2x2`" in line for line in single)
   [young] = [line for line in lines if workdirs["young"] in line]
   assert "no results yet" in young
 
@@ -189,7 +204,7 @@ def test_page(runs, tmp_path, suffix):
     assert parser.tags.count("table") >= 5 and parser.tags.count("h1") == 1
   else:
     pictures = re.findall(r"\]\((data:[^)]+)\)", text)
-  # Self-contained: accuracy, severity, distance, attention.
+  # Self-contained: accuracy, severity, distances, attention.
   assert len(pictures) == 4
   for source in pictures:
     start, _, data = source.partition(",")
@@ -197,6 +212,39 @@ def test_page(runs, tmp_path, suffix):
     Image.open(io.BytesIO(base64.b64decode(data))).verify()
   for words in ("One model at many budgets", "Ablations", "224", "Missing"):
     assert words in text
+
+
+def test_results_of_an_earlier_checkpoint_do_not_count(tmp_path):
+  about = dict(evaluated={6: [row("classification", None, "test", top1=0.25)]})
+  rows = [row("classification", None, "test", top1=0.5)]
+  run = report.read(write_run(tmp_path / "done", "vit", None, 0, rows, **about))
+  assert report.values([run], None, "classification", "top1") == [0.5]
+  # Of a run that is not at its end there is nothing newer.
+  run = report.read(write_run(tmp_path / "young", "vit", None, 0, [], **about))
+  assert report.values([run], None, "classification", "top1") == [0.25]
+
+
+@pytest.mark.parametrize("grids", [None, [(2, 2)]])
+def test_linear_probes_by_sgd(tmp_path, grids):
+  """Runs whose model has an encoder."""
+  folders = []
+  for lr in (0.1, 0.2):
+    backbone = "lookup_vit" if grids else "vit"
+    encoder = dict(model_name=backbone, variant="mu/8")
+    if grids:
+      encoder["grid"] = (2, 2)
+    grid = grids and "2x2"
+    rows = [row("classification", grid, "val", top1=lr)]
+    path = write_run(tmp_path / str(lr), "probe", grids, 0, rows)
+    config = json.loads((tmp_path / str(lr) / "config.json").read_text())
+    config |= dict(model=dict(encoder=encoder), lr=lr)
+    (tmp_path / str(lr) / "config.json").write_text(json.dumps(config))
+    folders.append(path)
+  runs = [report.read(path) for path in folders]
+  assert len(report.groups(runs)) == 2
+  assert runs[0].settings["encoder.width"] == 32
+  text = report.page(runs)
+  assert "20.00" in text and "## Missing" in text
 
 
 def test_says_what_is_missing_altogether(workdirs):
