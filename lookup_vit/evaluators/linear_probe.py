@@ -18,8 +18,8 @@ class Evaluator(Probe):
   """Multinomial logistic regression on features (arXiv:2103.00020, A.3).
 
   L-BFGS on all training examples at once; the penalty's strength is the best
-  one on examples held out from them, by top-1, and of equal ones by loss; the
-  fit is then repeated on all.
+  one on examples held out from them, of equal ones the middle one, and the fit
+  is then repeated on all.
 
   Yields `NAME/METRIC`, for LookupViT `NAME/GRID/METRIC`: `top1` on the test
   set, and `C`, the inverse strength of the penalty, as scikit-learn has it.
@@ -66,7 +66,7 @@ class Evaluator(Probe):
     check()
     found = self._fit(self._put(train.x, train.label), c)
     examples = self._put(test.x, test.label)
-    yield "top1", logistic_regression.evaluate(found, examples)[0]
+    yield "top1", logistic_regression.accuracy(found, examples)
     yield "C", float(c)
 
   def _put(self, x, label):
@@ -87,13 +87,12 @@ class Evaluator(Probe):
 
     def score(c):
       check()
-      top1, loss = logistic_regression.evaluate(self._fit(examples, c), others)
-      return top1, -loss
+      return logistic_regression.accuracy(self._fit(examples, c), others)
 
     c, scores = logistic_regression.search(score)
     log.info(
       "%s: C=%.3g, of %d tried: %.2f%% on %d held out (%.0f s).",
-      *(self.name, c, len(scores), 100 * max(scores.values())[0], len(held)),
+      *(self.name, c, len(scores), 100 * max(scores.values()), len(held)),
       time.monotonic() - start,
     )
     return c
