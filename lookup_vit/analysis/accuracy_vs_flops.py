@@ -194,13 +194,14 @@ def draw(rows: Sequence[Row]) -> bytes:
   """Draws top-1, or the CIDEr of captions, over GFLOPs; returns a PNG.
 
   A line for each model and split; runs that were trained at a single grid each
-  are a dashed one.
+  are a dashed one, of what they reach at that grid.
   """
   figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
   series: dict[str, list[Row]] = {}
   metric = _metric(rows)
   for r in rows:
-    if metric in r:
+    trained = r.get("trained_grids", ())
+    if metric in r and (len(trained) != 1 or r["grid"] in trained):
       series.setdefault(f"{model_name(r)}, {r['split']}", []).append(r)
   for label, points in series.items():
     points = sorted(points, key=lambda r: r["gflops"])
