@@ -34,7 +34,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 gc.set_threshold(200_000, 50, 50)
 
 # Files that take long come first, so that both workers end together.
-_LONG = ("programs", "train", "meshes", "resume", "checkpoints", "dryrun")
+_LONG = ("programs", "train", "resume", "checkpoints", "dryrun")
 
 
 def pytest_addoption(parser):
@@ -42,7 +42,7 @@ def pytest_addoption(parser):
   parser.addoption(
     "--full",
     action="store_true",
-    help="test_meshes.py at the whole config and tests marked `full`, alone",
+    help="the tests marked `full`, alone",
   )
 
 
@@ -51,8 +51,7 @@ def pytest_collection_modifyitems(config, items):
   full = config.getoption("--full")
 
   def is_chosen(item):
-    marked = item.get_closest_marker("full") is not None
-    return marked or item.path.name == "test_meshes.py" if full else not marked
+    return full == (item.get_closest_marker("full") is not None)
 
   config.hook.pytest_deselected(items=[i for i in items if not is_chosen(i)])
   items[:] = filter(is_chosen, items)

@@ -68,6 +68,7 @@ def test_bare_gives_crops_of_the_records(photos):
   assert sorted(labels) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
+@pytest.mark.full
 def test_results_add_up(photos):
   result = benchmark.benchmark(photos, PP, **SMALL)
   plain = benchmark.without_randaug(PP)
@@ -183,6 +184,7 @@ def _run(*args):
   )
 
 
+@pytest.mark.full
 def test_program(photos, tmp_path):
   output = tmp_path / "result.json"
   small = ["--examples=2", "--batch_size=1", "--rounds=1", "--threads=1"]

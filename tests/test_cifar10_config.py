@@ -62,8 +62,11 @@ def test_arguments():
   assert "|flip_lr|randaug(2,10)|value_range" in config.input.pp
   assert config.mixup.p == 0.2
   assert config.lr == pytest.approx(2e-3)
-  assert (config.seed, config.total_epochs) == (3, 40)
+  assert (config.seed, config.total_epochs) == (3, 25)
   assert config.evals.val.data.folder == "F"
+  assert config.model.stem == "conv"
+  patches = cifar10.get_config("folder=F,stem=patch,model=vit")
+  assert patches.model.stem == "patch" and patches.model_name == "vit"
 
 
 @pytest.mark.parametrize(

@@ -368,7 +368,7 @@ def test_continuous_integration(launch, fails):
   assert process.returncode == (3 if fails else 0)
   assert installed(calls) == [".[test]"]
   work = worked(calls)
-  # The second time, the meshes at the whole config.
+  # The second time, what takes long.
   tested = [args for _, args in work if args.startswith("-m pytest")]
   assert len(tested) == (1 if fails else 2) and len(work) == 3 + len(tested)
   assert fails or tested[1] == "-m pytest --full"

@@ -194,6 +194,12 @@ TRAIN = ("python", "-m", "lookup_vit.train")
 POD = ("--name=my-pod", "--zone=us-east5-a", "--type=v5litepod-256")
 
 
+def _heed_signals():
+  """Also where the tests themselves run in the background, and ignore them."""
+  for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+
+
 class Machine:
   """A repository of the scripts, programs that are fake, and two workers."""
 
@@ -239,6 +245,7 @@ class Machine:
       stderr=subprocess.PIPE,
       text=True,
       start_new_session=True,
+      preexec_fn=_heed_signals,
     )
 
   def tools(self):

@@ -315,7 +315,10 @@ def test_in1k_finetune(lookup_run, data_dir, tmp_path):
   assert_complete(rows, {"minival", "val"}, {"2x2"})
 
 
-@pytest.mark.parametrize("name", ["in21k_lookup_b", "in21k_vit_b"])
+@pytest.mark.parametrize(
+  "name",
+  ["in21k_lookup_b", pytest.param("in21k_vit_b", marks=pytest.mark.full)],
+)
 def test_in21k(name, data_dir, tmp_path):
   config = config_utils.load(
     f"configs/{name}.py:variant=mu/8,res=40,aug=medium1"

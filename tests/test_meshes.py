@@ -1,7 +1,6 @@
 """The same training on one device, on eight, and on two processes of four.
 
-It is by the digits config; without `--full`, at one of four blocks and one of
-three grids.
+By the digits config.
 """
 
 import json
@@ -15,6 +14,8 @@ from flax import traverse_util
 
 from tests import programs
 
+pytestmark = pytest.mark.full
+
 STEPS = 20
 # Mesh and strategy of eight devices.
 MESHES = {
@@ -27,7 +28,7 @@ MESHES = {
 # Trains by the digits config on each mesh; writes what came of it.
 PROGRAM = f"""
 import json, os, sys
-out, devices, process, count, port, full = sys.argv[1:]
+out, devices, process, count, port = sys.argv[1:]
 
 import jax
 
@@ -46,10 +47,6 @@ if int(count) > 1:
 def program_of(mesh, sharding, devices=None):
   config = config_utils.load("configs/digits_lookup.py")
   config.mesh, config.sharding = mesh, sharding
-  if full != "True":
-    # Less to compile, and fewer collectives, which are slow between processes.
-    config.model.depth = 1
-    config.grids = config.grids[:1]
   config = config_utils.resolve(config)
   # As many steps as training has, for the schedule's sake.
   return train_step.Program(config, 1348, devices)
@@ -120,17 +117,16 @@ def flat(params):
 
 
 @pytest.fixture(scope="module")
-def runs(request, tmp_path_factory):
+def runs(tmp_path_factory):
   """What each mesh came to: losses and others, and parameters, by name."""
   out = tmp_path_factory.mktemp("meshes")
-  full = request.config.getoption("--full")
   for count in (2, 1):
     with socket.socket() as s:
       s.bind(("127.0.0.1", 0))
       port = s.getsockname()[1]
     processes = [
       programs.Program(
-        *("-c", PROGRAM, out, 8 // count, i, count, port, full),
+        *("-c", PROGRAM, out, 8 // count, i, count, port),
         stderr=out / f"stderr_{count}_{i}",
       )
       for i in range(count)

@@ -174,7 +174,9 @@ def undisturbed(numbers, tmp_path_factory):
   return of
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(
+  scope="module", params=[pytest.param(1, marks=pytest.mark.full), 2]
+)
 def runs(request, numbers, undisturbed, tmp_path_factory):
   """An undisturbed run, and one that was killed three times."""
   killed = Run(tmp_path_factory.mktemp("runs") / "k", numbers, request.param)

@@ -122,10 +122,10 @@ def check_results(rows, grid, views=(1, 12)):
 @pytest.mark.parametrize(
   "name",
   [
-    "k400_vivit_b",
     "k400_lookup_vivit_b",
     "ssv2_vivit_b",
-    "ssv2_lookup_vivit_b",
+    pytest.param("k400_vivit_b", marks=pytest.mark.full),
+    pytest.param("ssv2_lookup_vivit_b", marks=pytest.mark.full),
   ],
 )
 def test_training_on_videos(name, data_dir, tmp_path):

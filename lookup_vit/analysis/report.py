@@ -48,6 +48,12 @@ COLUMNS = (
 # Fields of a model that its name tells.
 _OF_SIZE = ("width", "depth", "num_heads", "spatial")
 
+_NOTE = (
+  "Mean and standard deviation over seeds. The corruption error is over the "
+  "corruptions and severities of a run's evaluator, and AlexNet's where its "
+  "`reference` says so: compare rows of the same."
+)
+
 _STYLE = (
   "body{font-family:sans-serif;max-width:72em;margin:2em auto;padding:0 1em}"
   "table{border-collapse:collapse;margin:1em 0}"
@@ -422,7 +428,7 @@ def page(runs: Sequence[Run], folders: Sequence[str] = ()) -> str:
     runs: at least one.
     folders: of benchmarks' output, whose tables and plots are taken over.
   """
-  parts = ["# LookupViT: report", main_table(runs)]
+  parts = ["# LookupViT: report", main_table(runs), _NOTE]
   absent = []
 
   def add(title, content, how):
