@@ -53,6 +53,7 @@ def written(workdir, name):
   return found
 
 
+@pytest.mark.full
 def test_coco(data_dir, tmp_path):
   model, workdir = str(tmp_path / "coco.model"), str(tmp_path / "run")
   config = shrink(

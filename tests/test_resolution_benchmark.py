@@ -16,6 +16,9 @@ SMALL = dict(variant="mu/8", sizes=[24, 16], grids=[(1, 2), (2, 2)])
 NUMBERS = dict(batch=3, rounds=3)
 
 
+pytestmark = pytest.mark.full
+
+
 @pytest.fixture(scope="module")
 def result():
   return benchmark.benchmark(**SMALL, **NUMBERS)

@@ -254,7 +254,10 @@ def test_a_run_cut_short_continues_to_the_same_bits(run, tmp_path):
   assert steps == list(range(1, 13))
 
 
-@pytest.mark.parametrize("log_steps, stopped", [(6, 6), (None, 12)])
+@pytest.mark.parametrize(
+  "log_steps, stopped",
+  [(6, 6), pytest.param(None, 12, marks=pytest.mark.full)],
+)
 def test_told_to_stop_in_an_evaluation(
   log_steps, stopped, run, tmp_path, monkeypatch
 ):

@@ -90,11 +90,8 @@ def found(tmp_path_factory):
   return run
 
 
-@pytest.mark.parametrize(
-  ("count", "devices"),
-  # Collectives between processes are slow where cores are few.
-  [(1, 4), pytest.param(2, 2, marks=pytest.mark.full)],
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("count", "devices"), [(1, 4), (2, 2)])
 def test_the_same_as_on_one_device(found, count, devices):
   [(metrics, features)] = found(1, 1)
   assert {name.split("/")[0] for name in metrics} == set(EVALS)
