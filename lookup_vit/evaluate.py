@@ -28,6 +28,7 @@ from lookup_vit import (
   distributed,
   evaluators,
   parallel,
+  startup,
   tokenizer,
   train,
   train_step,
@@ -190,6 +191,7 @@ def main(argv):
   """Evaluates by the flags and prints the table."""
   del argv
   distributed.initialize_by_flags()
+  startup.keep_programs()
   lay_out = parallel.lay_out_by_flags
   with config_utils.at_fault("--grid"):
     grids = [config_utils.parse_grid(text) for text in FLAGS.grid]

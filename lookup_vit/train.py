@@ -31,6 +31,7 @@ from lookup_vit import (
   input_wait,
   metric_writer,
   parallel,
+  startup,
   tokenizer,
   train_step,
 )
@@ -78,6 +79,7 @@ def train_and_evaluate(
     SystemExit: of status `cli.PREEMPTED`, where the processes were told
       to stop; the state is saved.
   """
+  clock = startup.Clock()
   # What can be wrong is found first.
   config = config_utils.resolve(config)
   words = _tokenizer(config, workdir)
@@ -132,7 +134,7 @@ def train_and_evaluate(
 
   # Training.
   wait = input_wait.InputWait()
-  progress = Progress(program, writer, store, wait, start, total_steps)
+  progress = Progress(program, writer, store, wait, clock, start, total_steps)
   batches = prefetch(make_dataset(config, start), program.mesh)
   saved = start
   try:
@@ -427,15 +429,17 @@ class Progress:
     writer: None on processes that do not write.
     store: where the last good checkpoint is.
     wait: what the devices waited for data.
+    clock: of the start.
     step: of the state that training starts from.
     total_steps: length of the training.
   """
 
-  def __init__(self, program, writer, store, wait, step, total_steps):
+  def __init__(self, program, writer, store, wait, clock, step, total_steps):
     self.config = program.config
     self.writer = writer
     self.store = store
     self.wait = wait
+    self.clock = clock
     self.total_steps = total_steps
     self.pending = collections.deque()
     self.start = step
@@ -447,6 +451,9 @@ class Progress:
 
   def add(self, step: int, grid: Any, scalars: dict[str, jax.Array]) -> None:
     """Notes an update that was started; looks at those long started."""
+    if step == self.start + 1:
+      jax.block_until_ready(scalars)
+      self.clock.report()
     self.pending.append((step, grid, scalars))
     while len(self.pending) > _IN_FLIGHT:
       self._look(*self.pending.popleft())
@@ -516,6 +523,7 @@ def main(argv):
   """Trains by the flags."""
   del argv
   distributed.initialize_by_flags(stops=True)
+  startup.keep_programs()
   parallel.lay_out_by_flags(FLAGS.config)
   train_and_evaluate(FLAGS.config, FLAGS.workdir)
 

@@ -311,9 +311,9 @@ class Program:
       ema = jax.tree.map(
         lambda p, a, t: a if t else p, params, average, self.trainable
       )
-    scalars["grad_norm"] = optax.global_norm(grads)
-    scalars["update_norm"] = optax.global_norm(updates)
-    scalars["param_norm"] = optax.global_norm(params)
+    scalars["grad_norm"] = optax.tree.norm(grads)
+    scalars["update_norm"] = optax.tree.norm(updates)
+    scalars["param_norm"] = optax.tree.norm(params)
     scalars["lr"] = self.learning_rate(state.step)
     # A finite state followed by a finite update is a finite state.
     scalars["finite"] = (
