@@ -20,6 +20,8 @@ from tests import small
 
 def config(**fields):
   fields = dict(input__batch_size=32, model__variant="mu/8", **fields)
+  # "direct" reads all parameters: the bias of keys too.
+  fields["model__mhbc_impl"] = "direct"
   c = small.config(model__scan=True, model__dropout=0.0, **fields)
   c.grids = [(2, 2)]
   return steps.prepare(c, None)

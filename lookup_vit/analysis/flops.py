@@ -1,8 +1,9 @@
 r"""Parameters and FLOPs of a config's model at every grid.
 
-Counted twice: by XLA's cost analysis of one forward pass, and by formula.
-GFLOPs are multiply-adds times 2e-9; papers on ViT often call half of that
-"GFLOPs".
+Counted by XLA's cost analysis of one forward pass, and by formula; for MHBC as
+the paper has it (`models/mhbc.py`, "direct"), which is the model's cost in
+tables of results, and as the model computes it ("executed"). GFLOPs are
+multiply-adds times 2e-9; papers on ViT often call half of that "GFLOPs".
 
     python -m lookup_vit.analysis.flops --config=configs/in1k_lookup_b.py \
         --grid=3x3,5x5,7x7,10x10
@@ -19,18 +20,23 @@ import numpy as np
 from absl import flags
 
 from lookup_vit import cli, config_utils, train_step
-from lookup_vit.models import lookup_vit, tokens
+from lookup_vit.models import lookup_vit, mhbc, tokens
 
 FLAGS = flags.FLAGS
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Parameters, and the cost of a forward pass over one image or clip."""
+  """Parameters, and the cost of a forward pass over one image or clip.
+
+  The FLOPs are those with MHBC as in the paper, and those that are executed.
+  """
 
   params: int
   xla_flops: float
   formula_flops: float
+  executed_xla_flops: float
+  executed_flops: float
 
 
 def cost(model: Any, image_size: Sequence[int], grid: Any = None) -> Cost:
@@ -48,6 +54,23 @@ def cost(model: Any, image_size: Sequence[int], grid: Any = None) -> Cost:
   model = model.clone(
     scan=False, remat_policy="none", dtype="float32", attention="direct"
   )
+  paper = model
+  if hasattr(model, "grid"):
+    paper = model.clone(mhbc_impl="direct")
+    # What XLA would see of kernels on a TPU is not their products.
+    n, m = _tokens(model, image_size, grid)
+    model = model.clone(
+      mhbc_impl="absorbed" if _absorbs(model, n, m) else "direct"
+    )
+  params, xla, macs = _count(paper, image_size, grid)
+  executed = xla, macs
+  if paper != model:
+    _, *executed = _count(model, image_size, grid)
+  return Cost(params, xla, 2.0 * macs, executed[0], 2.0 * executed[1])
+
+
+def _count(model, image_size, grid):
+  """Parameters, FLOPs by XLA, and multiply-adds by formula."""
   images = jax.ShapeDtypeStruct((1, *image_size, 3), np.float32)
   fields = {} if grid is None else {"grid": tuple(grid)}
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -57,8 +80,11 @@ def cost(model: Any, image_size: Sequence[int], grid: Any = None) -> Cost:
   forward = lambda v, x: model.apply(v, x, **fields)[0]  # noqa: E731
   analysis = jax.jit(forward).lower(variables, images).cost_analysis()
   params = sum(math.prod(x.shape) for x in jax.tree.leaves(variables))
-  macs = multiply_adds(model, image_size, grid)
-  return Cost(params, float(analysis["flops"]), 2.0 * macs)
+  return (
+    params,
+    float(analysis["flops"]),
+    multiply_adds(model, image_size, grid),
+  )
 
 
 def multiply_adds(
@@ -68,12 +94,13 @@ def multiply_adds(
 
   With `N` lookup and `M` compressed tokens, width `D`, MLP ratios `p` and `r`:
   a ViT block has `(4 + 2p) N D^2 + 2 N^2 D`, a LookupViT block `((3 + 2r) N +
-  (7 + 2p) M) D^2 + (3NM + 2M^2) D`. Added are the patch embedding and the
-  classifiers; resizing of grids, norms and mean pooling are left out. A
-  factorised encoder has its blocks on each slice, and ViT blocks on the `T`
-  vectors of a clip, once for each head. What the output does not depend on is
-  left out, as XLA does: with heads="compressed", and without a classifier, the
-  contextualisation of the last block.
+  (7 + 2p) M) D^2 + (3NM + 2M^2) D` with direct MHBC, and with `H` heads of it
+  absorbed `(2r N + (10 + 2p) M) D^2 + (3NMH + 2M^2) D`. Added are the patch
+  embedding and the classifiers; resizing of grids, norms and mean pooling are
+  left out. A factorised encoder has its blocks on each slice, and ViT blocks on
+  the `T` vectors of a clip, once for each head. What the output does not depend
+  on is left out, as XLA does: with heads="compressed", and without a
+  classifier, the contextualisation of the last block.
   """
   lookup_grid = tokens.lookup_grid(image_size, model.patch_size)
   n, d = math.prod(lookup_grid), model.width
@@ -85,6 +112,19 @@ def multiply_adds(
     slices = lookup_grid[0]
     rest += heads * model.temporal_depth * _vit_block(model, slices)
   return stem + slices * _encoder(model, n // slices, grid) + rest
+
+
+def _tokens(model, image_size, grid):
+  """Lookup and compressed tokens that meet in MHBC."""
+  lookup_grid = tokens.lookup_grid(image_size, model.patch_size)
+  slices = lookup_grid[0] if hasattr(model, "temporal_depth") else 1
+  m = math.prod(model.grid if grid is None else grid)
+  return math.prod(lookup_grid) // slices, m
+
+
+def _absorbs(model, n, m):
+  heads = model.mhbc_heads or model.num_heads
+  return mhbc.absorbs(model.mhbc_impl, m, n, heads, model.width)
 
 
 def _stem(model, n):
@@ -122,9 +162,16 @@ def _encoder(model, n, grid):
       pool = 2 * (n + 1) * d * d + 2 * n * d + 2 * d * hidden
     return model.depth * _vit_block(model, n) + pool
   m = math.prod(model.grid if grid is None else grid)
-  gather = 2 * m * d * d + 2 * n * d * d + 2 * n * m * d
   refine = _vit_block(model, m)
-  back = (m + n) * d * d + n * m * d if model.reuse != "none" else 0
+  if _absorbs(model, n, m):
+    product, rest = n * m * (model.mhbc_heads or model.num_heads) * d, m
+    # A norm of keys needs them.
+    keys = n * d * d + n * m * d if model.qk_norm else m * d * d + product
+  else:
+    product, rest = n * m * d, n
+    keys = n * d * d + product
+  gather = 2 * m * d * d + keys + rest * d * d + product
+  back = (m + rest) * d * d + product if model.reuse != "none" else 0
   back += 2 * n * d * round(d * model.lookup_mlp_ratio)
   backs = model.depth - ("lookup" not in _heads(model))
   return model.depth * (gather + refine) + backs * back
@@ -133,16 +180,18 @@ def _encoder(model, n, grid):
 def table(model: Any, image_size: Sequence[int], grids: Sequence[Any]) -> str:
   """A table in Markdown: a row for each grid."""
   lines = [
-    "| compressed grid | parameters (M) | GFLOPs (XLA) | GFLOPs (formula) |",
-    "|---|---|---|---|",
+    "| compressed grid | parameters (M) | GFLOPs (XLA) | GFLOPs (formula) "
+    "| executed GFLOPs (XLA) | executed GFLOPs (formula) |",
+    "|---|---|---|---|---|---|",
   ]
   for grid in grids:
     c = cost(model, image_size, grid)
     name = "-" if grid is None else config_utils.format_grid(grid)
-    lines.append(
-      f"| {name} | {c.params / 1e6:.2f} | {c.xla_flops / 1e9:.3f} | "
-      f"{c.formula_flops / 1e9:.3f} |"
-    )
+    counts = [c.xla_flops, c.formula_flops]
+    counts += [c.executed_xla_flops, c.executed_flops]
+    cells = [name, f"{c.params / 1e6:.2f}"]
+    cells += [f"{count / 1e9:.3f}" for count in counts]
+    lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 
 

@@ -225,6 +225,20 @@ class Mlp(nn.Module):
     return dense(cfg, width, "dense_out", bias_init)(x)
 
 
+def survival(
+  cfg: LayerConfig,
+  module: nn.Module,
+  batch: int,
+  drop_rate: Float[Array, ""],
+) -> Float[Array, " b"] | None:
+  """By what stochastic depth (arXiv:1603.09382) multiplies updates, or None."""
+  if not cfg.train or not cfg.stochastic_depth:
+    return None
+  keep = 1 - drop_rate
+  mask = jax.random.bernoulli(module.make_rng("dropout"), keep, (batch, 1, 1))
+  return jnp.where(mask, 1 / keep, 0)[:, 0, 0]
+
+
 def residual(
   cfg: LayerConfig,
   module: nn.Module,
@@ -232,13 +246,11 @@ def residual(
   update: Float[Array, "b n D"],
   drop_rate: Float[Array, ""],
 ) -> Float[Array, "b n D"]:
-  """`x + update`, under dropout and stochastic depth (arXiv:1603.09382)."""
+  """`x + update`, under dropout and stochastic depth."""
   update = constrain(dropout(cfg, update), "batch", None, None)
-  if cfg.train and cfg.stochastic_depth:
-    keep = 1 - drop_rate
-    shape = (x.shape[0], 1, 1)
-    mask = jax.random.bernoulli(module.make_rng("dropout"), keep, shape)
-    update = jnp.where(mask, update / keep.astype(update.dtype), 0)
+  kept = survival(cfg, module, len(x), drop_rate)
+  if kept is not None:
+    update = update * kept[:, None, None].astype(update.dtype)
   return x + update
 
 

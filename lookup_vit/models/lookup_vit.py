@@ -58,6 +58,7 @@ class LookupBlock(nn.Module):
   lookup_mlp_ratio: float = 0.5
   reuse: str = "weights"
   reuse_scale: str = "none"
+  mhbc_impl: str = "auto"
 
   @nn.compact
   def __call__(
@@ -71,10 +72,15 @@ class LookupBlock(nn.Module):
     compressed, lookup = pair
     mhbc_cfg = dataclasses.replace(cfg, num_heads=self.mhbc_heads)
     width = compressed.shape[-1]
-    mhbc = MHBC(mhbc_cfg, width, self.reuse, self.reuse_scale, name="mhbc")
+    mhbc = MHBC(
+      *(mhbc_cfg, width, self.reuse, self.reuse_scale, self.mhbc_impl),
+      name="mhbc",
+    )
 
     # Information gathering.
-    update, reused, captured = mhbc.gather(compressed, lookup)
+    fused = mhbc.fuses(compressed, lookup, round(width * self.lookup_mlp_ratio))
+    gather = mhbc.fused_gather if fused else mhbc.gather
+    update, reused, captured = gather(compressed, lookup)
     compressed = layers.residual(cfg, self, compressed, update, drop_rate)
 
     # Representation refinement.
@@ -82,12 +88,23 @@ class LookupBlock(nn.Module):
     compressed, refined = refine(compressed, drop_rate)
 
     # Global contextualisation.
-    if reused is not None:
-      update = mhbc.contextualise(compressed, reused)
-      lookup = layers.residual(cfg, self, lookup, update, drop_rate)
-    y = layers.layer_norm(cfg, "norm_lookup_mlp")(lookup)
-    y = layers.Mlp(cfg, self.lookup_mlp_ratio, name="lookup_mlp")(y)
-    lookup = layers.residual(cfg, self, lookup, y, drop_rate)
+    if fused:
+      keep = [
+        layers.survival(cfg, self, len(lookup), drop_rate) for _ in range(2)
+      ]
+      keep = (
+        jnp.ones((len(lookup), 2)) if keep[0] is None else jnp.stack(keep, 1)
+      )
+      params = self.variables["params"]
+      parts = params["norm_lookup_mlp"], params["lookup_mlp"]
+      lookup = mhbc.fused_contextualise(compressed, reused, keep, *parts)
+    else:
+      if reused is not None:
+        update = mhbc.contextualise(compressed, reused)
+        lookup = layers.residual(cfg, self, lookup, update, drop_rate)
+      y = layers.layer_norm(cfg, "norm_lookup_mlp")(lookup)
+      y = layers.Mlp(cfg, self.lookup_mlp_ratio, name="lookup_mlp")(y)
+      lookup = layers.residual(cfg, self, lookup, y, drop_rate)
 
     if "attention_logit_max" in captured:
       captured["attention_logit_max"] = jnp.maximum(
@@ -139,6 +156,7 @@ class LookupViT(nn.Module):
   reuse_scale: str = "none"  # or "tokens"
   lookup_mlp_ratio: float = 0.5
   mhbc_heads: int | None = None  # as num_heads
+  mhbc_impl: str = "auto"  # "direct", "absorbed", "fused": see mhbc.py
   stem: str = "patch"  # or "conv": see tokens.py
   positions: str = "learned"  # or "sincos"
   qk_norm: bool = False
@@ -200,6 +218,7 @@ class LookupViT(nn.Module):
         lookup_mlp_ratio=self.lookup_mlp_ratio,
         reuse=self.reuse,
         reuse_scale=self.reuse_scale,
+        mhbc_impl=self.mhbc_impl,
       ),
       (compressed, lookup),
       depth=self.depth,

@@ -15,6 +15,8 @@ GRIDS = [(3, 3), (5, 5), (7, 7), (10, 10)]
 
 def check_count(cost, tolerance=0.01):
   assert cost.xla_flops == pytest.approx(cost.formula_flops, rel=tolerance)
+  got, want = cost.executed_xla_flops, cost.executed_flops
+  assert got == pytest.approx(want, rel=tolerance)
 
 
 # XLA's count against the formula.
@@ -66,6 +68,37 @@ def test_pooling(pool):
 def test_ablations(fields):
   model = lookup_vit.Model(1000, "B/16", depth=2, **fields)
   check_count(flops.cost(model, (224, 160), (5, 4)))
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {},
+    dict(qk_norm=True),
+    dict(reuse="none"),
+    dict(reuse="logits", mhbc_heads=4),
+    dict(heads="compressed"),
+  ],
+)
+def test_what_is_executed(fields):
+  """The paper's cost stays; absorbed MHBC costs less for few queries."""
+  size, grid = (224, 160), (3, 3)
+  costs = {
+    impl: flops.cost(
+      lookup_vit.Model(1000, "B/16", depth=2, mhbc_impl=impl, **fields),
+      *(size, grid),
+    )
+    for impl in ("direct", "absorbed", "auto")
+  }
+  direct, absorbed = costs["direct"], costs["absorbed"]
+  assert direct.executed_flops == direct.formula_flops
+  assert direct.executed_xla_flops == direct.xla_flops
+  check_count(absorbed)
+  assert absorbed.executed_flops < 0.9 * direct.executed_flops
+  assert absorbed.xla_flops == direct.xla_flops
+  assert costs["auto"] == absorbed
+  vit_cost = flops.cost(vit.Model(1000, "B/16", depth=1), size)
+  assert vit_cost.executed_xla_flops == vit_cost.xla_flops
 
 
 @pytest.mark.parametrize("grid", [None, (2, 3, 4)])
@@ -129,11 +162,18 @@ def test_formula(seed):
   block = 12 * n * d**2 + 2 * n**2 * d
   assert got == stem + depth * block + classes * d
 
-  model = lookup_vit.Model(classes, "B/16", grid=(2,) * len(patch), **fields)
+  fields["grid"] = (2,) * len(patch)
+  model = lookup_vit.Model(classes, "B/16", mhbc_impl="direct", **fields)
   for grid in (None, tuple(int(g) for g in rng.integers(1, 4, len(patch)))):
     m = math.prod(grid or model.grid)
     block = (4 * n + 15 * m) * d**2 + (3 * n * m + 2 * m**2) * d
     got = flops.multiply_adds(model, size, grid)
+    assert got == stem + depth * block + 2 * classes * d
+
+    # Keys, values and updates are of M H rows, and so are their products.
+    block = (n + 18 * m) * d**2 + (3 * n * m * 3 + 2 * m**2) * d
+    absorbed = model.clone(mhbc_impl="absorbed")
+    got = flops.multiply_adds(absorbed, size, grid)
     assert got == stem + depth * block + 2 * classes * d
 
   # The lookup tokens after the last gathering are for nothing.
@@ -168,9 +208,8 @@ def test_formula_of_a_factorised_encoder():
   assert got == want
 
   # A temporal encoder for each head.
-  model = factorised.Model(
-    classes, "B/2x8", "lookup_vit", grid=(1, 2), **fields
-  )
+  fields |= dict(grid=(1, 2), mhbc_impl="direct")
+  model = factorised.Model(classes, "B/2x8", "lookup_vit", **fields)
   for grid, m in ((None, 2), ((3, 2), 6)):
     block = (4 * n + 15 * m) * d**2 + (3 * n * m + 2 * m**2) * d
     want = stem + 2 * time * block + 12 * vit_block(time) + 2 * classes * d
@@ -191,7 +230,7 @@ def test_formula_of_one_block_is_what_the_design_promises():
   """LookupViT at 5x5 has under half of ViT's cost, at 3x3 under 0.4."""
   cost = lambda m, g=None: flops.multiply_adds(m, (224, 224), g)  # noqa: E731
   base = cost(vit.Model(1000, "B/16"))
-  model = lookup_vit.Model(1000, "B/16")
+  model = lookup_vit.Model(1000, "B/16", mhbc_impl="direct")
   ratios = [cost(model, g) / base for g in GRIDS]
   np.testing.assert_allclose(ratios, [0.383, 0.486, 0.64, 0.97], 0, 0.01)
 
@@ -239,6 +278,8 @@ def test_table():
       f"{cost.params / 1e6:.2f}",
       f"{cost.xla_flops / 1e9:.3f}",
       f"{cost.formula_flops / 1e9:.3f}",
+      f"{cost.executed_xla_flops / 1e9:.3f}",
+      f"{cost.executed_flops / 1e9:.3f}",
     ]
   assert "| - |" in flops.table(vit.Model(7, "mu/4"), (16, 16), [None])
 

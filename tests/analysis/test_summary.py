@@ -103,7 +103,7 @@ def test_results_without_a_grid():
   ],
 )
 def test_variant_names_what_the_config_changes(monkeypatch, fields, variant):
-  monkeypatch.setattr(flops, "cost", lambda *args: flops.Cost(1, 1.0, 1.0))
+  monkeypatch.setattr(flops, "cost", lambda *args: flops.Cost(1, *[1.0] * 4))
   (row,) = summary.results(program_of("vit", **fields), {"test/top1": 0.5})
   assert row["variant"] == variant
 
@@ -131,7 +131,7 @@ def test_no_metrics_are_no_rows(program):
 @pytest.fixture
 def write(monkeypatch, tmp_path, capsys):
   """Writes a summary; returns stdout and the names of the files."""
-  costs = flops.Cost(2_000_000, 1.5e9, 1.5e9)
+  costs = flops.Cost(2_000_000, *[1.5e9] * 4)
   monkeypatch.setattr(flops, "cost", lambda *args: costs)
 
   def run(program, metrics, images=None):

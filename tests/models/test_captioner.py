@@ -390,9 +390,11 @@ def test_what_is_trained(kind, frozen, name, options):
     if frozen:
       assert same == encoder
     else:
-      # The parts of the last block that a captioner does not use.
+      # The parts of the last block that a captioner does not use, and what
+      # absorbed MHBC does not read.
       last = "encoder/encoderblock_0"
       unused = (
+        f"{last}/mhbc/key/bias",
         f"{last}/mhbc/norm_refined",
         f"{last}/mhbc/value_back",
         f"{last}/mhbc/out_back",

@@ -14,9 +14,9 @@ from tests.models import common, reference
 
 def make_block(batch, m, n, width=24, num_heads=3, mhbc_heads=3, **fields):
   """A block with random parameters, and random tokens for it."""
-  reuse = fields.pop("reuse", "weights")
+  own = {k: fields.pop(k) for k in ("reuse", "mhbc_impl") if k in fields}
   cfg = layers.LayerConfig(num_heads, **fields)
-  block = lookup_vit.LookupBlock(cfg, mhbc_heads, reuse=reuse)
+  block = lookup_vit.LookupBlock(cfg, mhbc_heads, **own)
   rng = np.random.default_rng(0)
   tokens = tuple(
     rng.standard_normal((batch, k, width)).astype(np.float32) for k in (m, n)
@@ -25,6 +25,7 @@ def make_block(batch, m, n, width=24, num_heads=3, mhbc_heads=3, **fields):
   return block, common.random_like(shapes["params"]), tokens
 
 
+@pytest.mark.parametrize("mhbc_impl", ["direct", "absorbed"])
 @pytest.mark.parametrize(
   "m, n, fields",
   [
@@ -35,8 +36,8 @@ def make_block(batch, m, n, width=24, num_heads=3, mhbc_heads=3, **fields):
     (7, 8, dict(reuse="none", gelu="exact")),
   ],
 )
-def test_block_equals_reference(m, n, fields):
-  block, params, tokens = make_block(3, m, n, **fields)
+def test_block_equals_reference(m, n, fields, mhbc_impl):
+  block, params, tokens = make_block(3, m, n, mhbc_impl=mhbc_impl, **fields)
   spec = reference.Spec(
     num_heads=3,
     mhbc_heads=block.mhbc_heads,
