@@ -36,6 +36,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
+from benchmarks import timing
 from lookup_vit import cli
 from lookup_vit.models import captioner, decoding, layers
 
@@ -196,9 +197,7 @@ def benchmark(
     ValueError: a number that does not work.
   """
   numbers = dict(batch=batch, length=length, beams=beams, rounds=rounds)
-  for name, number in numbers.items():
-    if number < 1:
-      raise ValueError(f"{name}={number}: want at least 1.")
+  timing.check_numbers(**numbers)
   keys = jax.random.split(jax.random.key(0), 2)
   images = jax.random.uniform(keys[0], (batch, *image_size, 3), minval=-1)
   blank = jnp.zeros((batch, 1), jnp.int32)
@@ -211,30 +210,22 @@ def benchmark(
     return start(), start(beams=beams), out["memory"]
 
   known = encode(params, images)
-  found, seconds = {}, {"encode": []}
+  found = {}
   run = {"encode": lambda: encode(params, images)}
   for name, way in ways(
     model, params, batch=batch, length=length, beams=beams
   ).items():
     run[name] = functools.partial(way, params, *known)
-    seconds[name] = []
     start = time.perf_counter()
     found[name] = np.asarray(run[name]())
     _LOG.info("%s: compiled in %.0f s.", name, time.perf_counter() - start)
-  order = list(run)
-  for i in range(rounds):
-    for name in order:
-      start = time.perf_counter()
-      jax.block_until_ready(run[name]())
-      seconds[name].append(time.perf_counter() - start)
-    _LOG.info("round %d of %d", i + 1, rounds)
-    order = order[1:] + order[:1]
+  seconds = timing.in_turn(run, rounds)
   cached = {name: name.split(",")[0] + ", cached" for name in found}
   return {
     **numbers,
     "seconds": seconds,
     "ratios": {
-      name: [a / b for a, b in zip(seconds[name], seconds[least], strict=True)]
+      name: timing.ratios(seconds[name], seconds[least])
       for name, least in cached.items()
     },
     "equal": {
@@ -258,10 +249,8 @@ def table(result: Mapping[str, Any]) -> str:
   for name, seconds in result["seconds"].items():
     cells = [name, f"{statistics.median(seconds):.3f}", "-", "-"]
     if name in result["ratios"]:
-      values = result["ratios"][name]
-      middle = statistics.median(values)
-      spread = f"{min(values):.2f} to {max(values):.2f}"
-      cells[2:] = f"{middle:.2f} ({spread})", f"{result['equal'][name]:.0%}"
+      spread = timing.spread(result["ratios"][name])
+      cells[2:] = spread, f"{result['equal'][name]:.0%}"
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 

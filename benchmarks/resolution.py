@@ -33,6 +33,7 @@ import matplotlib
 from absl import flags
 from etils import epath
 
+from benchmarks import timing
 from lookup_vit import cli, config_utils
 from lookup_vit.analysis import flops
 from lookup_vit.models import lookup_vit, tokens, vit
@@ -76,9 +77,7 @@ def benchmark(
     ValueError: a number, variant or field that does not work, or a size or grid
       that does not fit.
   """
-  for name, number in dict(batch=batch, rounds=rounds).items():
-    if number < 1:
-      raise ValueError(f"{name}={number}: want at least 1.")
+  timing.check_numbers(batch=batch, rounds=rounds)
   if not sizes:
     raise ValueError("Want at least one image size.")
   models = {
@@ -105,7 +104,6 @@ def benchmark(
       args = params[type(model)][size], images
       start = time.perf_counter()
       compiled = _compile(model, *args)
-      jax.block_until_ready(compiled(*args))
       name = "ViT" if grid is None else config_utils.format_grid(grid)
       _LOG.info(
         "%s at %d: compiled in %.0f s.", name, size, time.perf_counter() - start
@@ -115,31 +113,21 @@ def benchmark(
         "image_size": size,
         "grid": None if grid is None else name,
         "gflops": flops.cost(model, (size, size)).xla_flops / 1e9,
-        "bytes": _bytes(compiled),
-        "seconds": [],
+        "bytes": timing.program_bytes(compiled),
       }
-  order = list(run)
-  for i in range(rounds):
-    for place in order:
-      start = time.perf_counter()
-      jax.block_until_ready(run[place]())
-      rows[place]["seconds"].append(time.perf_counter() - start)
-    _LOG.info("round %d of %d", i + 1, rounds)
-    order = order[1:] + order[:1]
-  for (size, _), row in rows.items():
-    least = rows[size, None]["seconds"]
-    row["ratios"] = [a / b for a, b in zip(row["seconds"], least, strict=True)]
-  device = jax.devices()[0]
-  counted = device.memory_stats() or {}
+  seconds = timing.in_turn(run, rounds)
+  for (size, grid), row in rows.items():
+    row["seconds"] = seconds[size, grid]
+    row["ratios"] = timing.ratios(row["seconds"], seconds[size, None])
   return {
     "variant": variant,
     "fields": fields,
     "batch": batch,
     "rounds": rounds,
     "rows": list(rows.values()),
-    "device_peak_bytes": counted.get("peak_bytes_in_use"),
+    "device_peak_bytes": timing.device_peak_bytes(),
     "jax": jax.__version__,
-    "device": device.device_kind,
+    "device": jax.devices()[0].device_kind,
   }
 
 
@@ -165,19 +153,6 @@ def _compile(model, params, images):
     return model.apply({"params": params}, images)[0]
 
   return logits.lower(params, images).compile()
-
-
-def _bytes(compiled):
-  """Of arguments, results and temporaries; None where they are not told."""
-  memory = compiled.memory_analysis()
-  if memory is None:
-    return None
-  return (
-    memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-    + memory.temp_size_in_bytes
-  )
 
 
 def _name(row):
@@ -207,7 +182,6 @@ def table(result: Mapping[str, Any]) -> str:
   of_vit = {r["image_size"]: r for r in result["rows"] if r["grid"] is None}
   for row in result["rows"]:
     like = of_vit[row["image_size"]]
-    ratios = row["ratios"]
     memory = ["-", "-"]
     if row["bytes"] is not None:
       memory = [_short(row["bytes"] / 2**20)]
@@ -218,8 +192,7 @@ def table(result: Mapping[str, Any]) -> str:
       _short(row["gflops"]),
       f"{row['gflops'] / like['gflops']:.2f}",
       _short(_ms(result, row)),
-      f"{statistics.median(ratios):.2f} "
-      f"({min(ratios):.2f} to {max(ratios):.2f})",
+      timing.spread(row["ratios"]),
       *memory,
     ]
     lines.append(f"| {' | '.join(cells)} |")

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import resolution as benchmark
+from benchmarks import timing
 from lookup_vit.analysis import flops
 from lookup_vit.models import lookup_vit, vit
 
@@ -50,7 +51,7 @@ def test_memory_is_what_the_program_holds():
   """Of a function without temporaries, its arguments and its result."""
   x = jax.numpy.ones((50, 70))
   compiled = jax.jit(lambda x: x + 1).lower(x).compile()
-  assert benchmark._bytes(compiled) == 2 * 4 * 50 * 70
+  assert timing.program_bytes(compiled) == 2 * 4 * 50 * 70
 
 
 def test_models_are_those_that_are_named(result):
