@@ -132,12 +132,13 @@ def _stem(model, n):
   d = model.width
   if model.stem == "patch":
     return n * math.prod(model.patch_size) * 3 * d
-  widths = tokens.stem_channels(d, model.patch_size)
-  macs, places, channels = n * d * d, n, [3, *widths]
-  for before, after in reversed(list(zip(channels, widths, strict=False))):
-    macs += places * 9 * before * after
-    places *= 4
-  return macs
+  convolutions = tokens.stem_convolutions(model.stem, d, model.patch_size)
+  macs, places, after = 0, n * math.prod(model.patch_size), 3
+  for channels, stride in convolutions:
+    places //= stride**2
+    macs += places * 9 * after * channels
+    after = channels
+  return macs + n * d * d
 
 
 def _heads(model):

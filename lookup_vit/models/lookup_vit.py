@@ -157,7 +157,7 @@ class LookupViT(nn.Module):
   lookup_mlp_ratio: float = 0.5
   mhbc_heads: int | None = None  # as num_heads
   mhbc_impl: str = "auto"  # "direct", "absorbed", "fused": see mhbc.py
-  stem: str = "patch"  # or "conv": see tokens.py
+  stem: str = "patch"  # "conv" or "deep_conv": see tokens.py
   positions: str = "learned"  # or "sincos"
   qk_norm: bool = False
   attention: str = "auto"  # "direct", "chunked", "fused": see attention.py

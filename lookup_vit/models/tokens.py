@@ -123,7 +123,8 @@ def tokenise(
     stem: "patch" is linear in the pixels of a patch. "conv" (Xiao et al.,
       arXiv:2106.14881, section 4) has 3x3 convolutions of stride 2, each with
       twice the channels of the one before, and then a linear layer; here with
-      LayerNorm and GELU, where the paper has BatchNorm and ReLU.
+      LayerNorm and GELU, where the paper has BatchNorm and ReLU. "deep_conv"
+      has one of stride 1 more before each.
 
   Raises:
     ValueError: the patch does not fit, there is no such stem, or it has no
@@ -131,10 +132,12 @@ def tokenise(
   """
   grid = lookup_grid(images.shape[1:-1], patch_size)
   x = images
-  if stem == "conv":
-    for i, channels in enumerate(stem_channels(width, patch_size)):
+  if stem != "patch":
+    for i, (channels, stride) in enumerate(
+      stem_convolutions(stem, width, patch_size)
+    ):
       conv = nn.Conv(
-        *(channels, (3, 3), 2, 1),
+        *(channels, (3, 3), stride, 1),
         use_bias=False,
         dtype=cfg.dtype,
         name=f"stem_{i}",
@@ -142,8 +145,6 @@ def tokenise(
       x = layers.layer_norm(cfg, f"stem_norm_{i}")(conv(x))
       x = nn.gelu(x, approximate=cfg.gelu == "tanh")
     patch_size = (1, 1)
-  elif stem != "patch":
-    raise ValueError(f"stem={stem!r}: want 'patch' or 'conv'.")
   embed = nn.Conv(
     width, patch_size, patch_size, "VALID", dtype=cfg.dtype, name="embedding"
   )
@@ -151,25 +152,37 @@ def tokenise(
   return x.reshape(x.shape[0], -1, width), grid
 
 
-def stem_channels(width: int, patch_size: Grid) -> list[int]:
-  """Channels of the convolutions that make a token of a patch; see `tokenise`.
+def stem_convolutions(
+  stem: str, width: int, patch_size: Grid
+) -> list[tuple[int, int]]:
+  """Channels and stride of the convolutions before a token's linear layer.
+
+  For a `stem` of convolutions; see `tokenise`.
 
   Raises:
-    ValueError: the patch is not square with a side of 2, 4, 8, ..., or the
-      width cannot be halved so often.
+    ValueError: there is no such stem, the patch is not square with a side of 2,
+      4, 8, ..., or the width cannot be halved so often.
   """
+  if stem not in ("conv", "deep_conv"):
+    raise ValueError(f"stem={stem!r}: want 'patch', 'conv' or 'deep_conv'.")
   count = patch_size[0].bit_length() - 1
   if tuple(patch_size) != (2**count,) * 2 or not count:
     raise ValueError(
-      f"stem='conv' wants a square patch of 2, 4, 8 or 16 pixels, not "
+      f"stem={stem!r} wants a square patch of 2, 4, 8 or 16 pixels, not "
       f"{tuple(patch_size)}."
     )
-  if width % 2 ** (count - 1):
+  halvings = count - (stem == "conv")
+  if width % 2**halvings:
     raise ValueError(
-      f"stem='conv' with a patch of {2**count} pixels wants a width that "
-      f"{2 ** (count - 1)} divides, not {width}."
+      f"stem={stem!r} with a patch of {2**count} pixels wants a width that "
+      f"{2**halvings} divides, not {width}."
     )
-  return [width >> i for i in reversed(range(count))]
+  convolutions = []
+  for i in reversed(range(count)):
+    if stem == "deep_conv":
+      convolutions.append((width >> (i + 1), 1))
+    convolutions.append((width >> i, 2))
+  return convolutions
 
 
 def positions(

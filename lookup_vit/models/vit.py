@@ -58,7 +58,7 @@ class ViT(nn.Module):
   mlp_ratio: float
   patch_size: tokens.Grid
   pool: str = "gap"  # "gap": mean, "map": attention, "tok": class token
-  stem: str = "patch"  # or "conv": see tokens.py
+  stem: str = "patch"  # "conv" or "deep_conv": see tokens.py
   positions: str = "learned"  # or "sincos"
   qk_norm: bool = False
   attention: str = "auto"  # "direct", "chunked", "fused": see attention.py

@@ -62,11 +62,12 @@ def test_pooling(pool):
     dict(heads="lookup"),
     dict(compressed_init="average"),
     dict(stem="conv"),
+    dict(stem="deep_conv", depth=12),
     dict(compressed_init="learned", grid=(3, 3)),
   ],
 )
 def test_ablations(fields):
-  model = lookup_vit.Model(1000, "B/16", depth=2, **fields)
+  model = lookup_vit.Model(1000, "B/16", **dict(depth=2) | fields)
   check_count(flops.cost(model, (224, 160), (5, 4)))
 
 

@@ -28,6 +28,7 @@ class Spec:
   positions: str = "learned"
   pool: str = "gap"
   qk_norm: bool = False
+  stem: str = "patch"
   gelu: str = "tanh"
   norm_eps: float = 1e-6
 
@@ -202,7 +203,8 @@ def tokenise(spec, params, images):
   """The tokens of the patches, in row-major order, and their grid."""
   patch, p, i = spec.patch_size, params["embedding"], 0
   while f"stem_{i}" in params:
-    images = convolve(params[f"stem_{i}"]["kernel"], images)
+    stride = 1 if spec.stem == "deep_conv" and i % 2 == 0 else 2
+    images = convolve(params[f"stem_{i}"]["kernel"], images, stride)
     images = gelu(spec, layer_norm(spec, params[f"stem_norm_{i}"], images))
     patch, i = (1, 1), i + 1
   grid = tuple(n // k for n, k in zip(images.shape[1:-1], patch, strict=True))
@@ -217,15 +219,17 @@ def tokenise(spec, params, images):
   return np.stack(tokens, axis=1), grid
 
 
-def convolve(kernel, images):
-  """3x3 convolution of stride 2 of images with a border of zeros."""
-  padded = np.concatenate([0 * images[:, :1], images], axis=1)
-  padded = np.concatenate([0 * padded[:, :, :1], padded], axis=2)
+def convolve(kernel, images, stride):
+  """3x3 convolution of images with a border of zeros."""
+  border = 0 * images[:, :1]
+  padded = np.concatenate([border, images, border], axis=1)
+  border = 0 * padded[:, :, :1]
+  padded = np.concatenate([border, padded, border], axis=2)
   kernel = np.reshape(kernel, (-1, kernel.shape[-1]))
   rows = []
-  for y in range(0, images.shape[1], 2):
+  for y in range(0, images.shape[1], stride):
     row = []
-    for x in range(0, images.shape[2], 2):
+    for x in range(0, images.shape[2], stride):
       window = padded[:, y : y + 3, x : x + 3]
       row.append(np.dot(np.reshape(window, (len(images), -1)), kernel))
     rows.append(np.stack(row, axis=1))

@@ -61,6 +61,11 @@ CASES = {
     (2, 3),
     dict(depth=1, stem="conv", variant="Ti/8", width=16, num_heads=2),
   ),
+  "more convolutions": (
+    (8, 12),
+    (2, 1),
+    dict(depth=1, stem="deep_conv", variant="Ti/4", width=16, num_heads=2),
+  ),
   "none, video": (
     (6, 12, 12),
     (3, 1, 3),
@@ -321,7 +326,7 @@ def test_without_classes(captured):
     ((24, 20), dict(dropout=1.0), "dropout=1.0"),
     ((24, 20), dict(stochastic_depth=-0.1), "stochastic_depth=-0.1"),
     ((24, 20), dict(lookup_mlp_ratio=0.01), "0.01.*24"),
-    ((24, 20), dict(stem="resnet"), "stem='resnet'.*patch.*conv"),
+    ((24, 20), dict(stem="resnet"), "stem='resnet'.*patch.*'conv'.*deep_conv"),
     ((24, 18), dict(stem="conv", variant="Ti/6"), r"conv.*\(6, 6\)"),
     ((8, 8, 8), dict(stem="conv", variant="Ti/2x4"), r"conv.*\(2, 4, 4\)"),
     ((16, 16), dict(stem="conv", width=21, variant="Ti/4"), "conv.*21"),

@@ -28,6 +28,7 @@ CASES = {
     dict(depth=1, variant="Ti/2x4", pool="map", qk_norm=True),
   ),
   "convolutions": ((12, 20), dict(depth=1, stem="conv", num_heads=2)),
+  "more convolutions": ((8, 12), dict(depth=1, stem="deep_conv", num_heads=2)),
   "tok, video": (
     (6, 8, 12),
     dict(variant="Ti/3x4x2", pool="tok", positions="sincos", qk_norm=True),
@@ -155,10 +156,11 @@ def test_heads_start_at_their_bias():
     ((24, 20), dict(positions="rope"), "positions='rope'.*learned.*sincos"),
     ((24, 20), dict(remat_policy="all"), "remat_policy='all'.*none"),
     ((24, 20), dict(attention_dropout=2.0), "attention_dropout=2.0"),
-    ((24, 20), dict(stem="resnet"), "stem='resnet'.*patch.*conv"),
+    ((24, 20), dict(stem="resnet"), "stem='resnet'.*patch.*'conv'.*deep_conv"),
     ((24, 18), dict(stem="conv", variant="Ti/6"), r"conv.*\(6, 6\)"),
     ((8, 8, 8), dict(stem="conv", variant="Ti/2x4"), r"conv.*\(2, 4, 4\)"),
     ((16, 16), dict(stem="conv", width=21, variant="Ti/4"), "conv.*21"),
+    ((16, 16), dict(stem="deep_conv", width=18, variant="Ti/4"), "4 div.*18"),
   ],
 )
 def test_refuses(size, fields, message):
