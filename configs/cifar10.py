@@ -10,17 +10,18 @@ r"""CIFAR-10, or other images of 32 x 32 pixels, in folders of classes.
     python -m lookup_vit.dryrun --topology=cpu:8 \
         --config=configs/cifar10.py:folder=FOLDER
 
-Arguments: `model=vit` for the baseline; `width`, `depth` and `heads`;
-`stem=patch` for linear patches; `epochs`, `batch`, `seed`; `augreg`, one of
+Arguments: `model=vit` for the baseline; `width`, `depth` and `heads`; `stem`,
+"patch", "conv" or "deep_conv"; `epochs`, `batch`, `seed`; `augreg`, one of
 AugReg's presets beside shifts and flips, for trainings of 100 epochs and more;
 `train` and `val` name the splits; `runlocal` for a run of seconds.
 
 The default is a model that a CPU trains in hours: small batches are fastest
-there, as what they take fits into the cache. Both models have a convolutional
-stem (arXiv:2106.14881), as linear patches take many more epochs on so few
-images. The learning rate was not searched for; it scales with the batch by its
-square root. Crops after padding by four pixels, and flips, are ResNet's
-augmentation (arXiv:1512.03385, 4.2). All else is as in `image_folder.py`.
+there, as what they take fits into the cache. Both models have a stem of
+convolutions (after arXiv:2106.14881; see models/tokens.py), as linear patches
+take many more epochs on so few images. The learning rate was not searched for;
+it scales with the batch by its square root. Crops after padding by four pixels,
+and flips, are ResNet's augmentation (arXiv:1512.03385, 4.2). All else is as in
+`image_folder.py`.
 """
 
 from configs import common, image_folder
@@ -34,10 +35,10 @@ def get_config(arg=None):
     val="val",
     model="lookup_vit",
     width=128,
-    depth=6,
+    depth=2,
     heads=4,
-    stem="conv",
-    epochs=25.0,
+    stem="deep_conv",
+    epochs=17.0,
     batch=32,
     augreg="none",
     seed=0,

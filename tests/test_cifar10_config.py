@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import cifar10
+from configs import cifar10, evals_cifar10
 from lookup_vit import config_utils, train
 from tests import small
 
@@ -57,14 +57,32 @@ def test_trains_on_a_folder(folder, tmp_path, model):
     assert np.abs(windows - image).max((1, 2, 3)).min() < 1e-5
 
 
+def test_evaluators_of_a_run(folder, tmp_path):
+  arg = f"folder={folder},width=16,depth=1,heads=2,batch=4,epochs=0.5"
+  config = cifar10.get_config(arg)
+  config.grids, config.model.grid = [(3, 3)], (3, 3)
+  config.evals = evals_cifar10.get_config(f"folder={folder},split=val[:50%]")
+  for evaluator in config.evals.values():
+    evaluator.update(corruptions=["fog", "contrast"], severities=[1, 5])
+  train.train_and_evaluate(config, str(tmp_path))
+  rows = {row["split"]: row for row in small.results(str(tmp_path))}
+  assert set(rows) == {"robustness", "feature_distance"}
+  assert {"fog_1", "fog_5", "contrast_1", "contrast_5"} < set(
+    rows["robustness"]
+  )
+  # Five images.
+  assert rows["robustness"]["top1"] * 5 % 1 == pytest.approx(0)
+  assert rows["feature_distance"]["distance"] > 0
+
+
 def test_arguments():
   config = cifar10.get_config("folder=F,augreg=light2,batch=128,seed=3")
   assert "|flip_lr|randaug(2,10)|value_range" in config.input.pp
   assert config.mixup.p == 0.2
   assert config.lr == pytest.approx(2e-3)
-  assert (config.seed, config.total_epochs) == (3, 25)
+  assert (config.seed, config.total_epochs) == (3, 17)
   assert config.evals.val.data.folder == "F"
-  assert config.model.stem == "conv"
+  assert config.model.stem == "deep_conv"
   patches = cifar10.get_config("folder=F,stem=patch,model=vit")
   assert patches.model.stem == "patch" and patches.model_name == "vit"
 
@@ -80,6 +98,11 @@ def test_arguments():
 def test_errors(arg, words):
   with pytest.raises(ValueError, match=re.escape(words)):
     cifar10.get_config(arg)
+
+
+def test_evaluators_want_a_folder():
+  with pytest.raises(ValueError, match="wants folder=FOLDER"):
+    evals_cifar10.get_config()
 
 
 def test_runlocal():

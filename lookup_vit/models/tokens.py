@@ -124,7 +124,7 @@ def tokenise(
       arXiv:2106.14881, section 4) has 3x3 convolutions of stride 2, each with
       twice the channels of the one before, and then a linear layer; here with
       LayerNorm and GELU, where the paper has BatchNorm and ReLU. "deep_conv"
-      has one of stride 1 more before each.
+      has one of stride 1 more before the first and after each.
 
   Raises:
     ValueError: the patch does not fit, there is no such stem, or it has no
@@ -171,17 +171,16 @@ def stem_convolutions(
       f"stem={stem!r} wants a square patch of 2, 4, 8 or 16 pixels, not "
       f"{tuple(patch_size)}."
     )
-  halvings = count - (stem == "conv")
+  deep = stem == "deep_conv"
+  halvings = count - 1 + deep
   if width % 2**halvings:
     raise ValueError(
       f"stem={stem!r} with a patch of {2**count} pixels wants a width that "
       f"{2**halvings} divides, not {width}."
     )
-  convolutions = []
+  convolutions = [(width >> count, 1)] if deep else []
   for i in reversed(range(count)):
-    if stem == "deep_conv":
-      convolutions.append((width >> (i + 1), 1))
-    convolutions.append((width >> i, 2))
+    convolutions += [(width >> i, 2), (width >> i, 1)][: 1 + deep]
   return convolutions
 
 
