@@ -21,16 +21,14 @@ and all that was found (JSON).
 
 import dataclasses
 import itertools
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import flags
-from etils import epath
 
-from benchmarks import cases
+from benchmarks import cases, timing
 from lookup_vit import cli, dryrun
 from lookup_vit.analysis import chips, steps
 from lookup_vit.models import tokens
@@ -163,10 +161,7 @@ def main(argv):
   result = benchmark(FLAGS.topology, FLAGS.variant, **cases.from_flags())
   print(table(result))
   if FLAGS.output:
-    folder = epath.Path(FLAGS.output).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "pod.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "pod.md").write_text(table(result) + "\n")
+    timing.write(result, FLAGS.output, "pod", table)
 
 
 if __name__ == "__main__":

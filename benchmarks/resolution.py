@@ -19,7 +19,6 @@ table (Markdown), all that was measured (JSON) and a plot.
 """
 
 import functools
-import json
 import logging
 import math
 import statistics
@@ -164,10 +163,6 @@ def _ms(result, row):
   return 1e3 * statistics.median(row["seconds"]) / result["batch"]
 
 
-def _short(x):
-  return f"{x:.3g}" if x < 100 else f"{x:.0f}"
-
-
 def table(result: Mapping[str, Any]) -> str:
   """A table, in Markdown, of what `benchmark` returned."""
   fields = ", ".join(f"{k} {v}" for k, v in result["fields"].items())
@@ -184,14 +179,14 @@ def table(result: Mapping[str, Any]) -> str:
     like = of_vit[row["image_size"]]
     memory = ["-", "-"]
     if row["bytes"] is not None:
-      memory = [_short(row["bytes"] / 2**20)]
+      memory = [timing.short(row["bytes"] / 2**20)]
       memory.append(f"{row['bytes'] / like['bytes']:.2f}")
     cells = [
       str(row["image_size"]),
       _name(row),
-      _short(row["gflops"]),
+      timing.short(row["gflops"]),
       f"{row['gflops'] / like['gflops']:.2f}",
-      _short(_ms(result, row)),
+      timing.short(_ms(result, row)),
       timing.spread(row["ratios"]),
       *memory,
     ]
@@ -233,16 +228,6 @@ def plot(result: Mapping[str, Any], path: str) -> None:
   plt.close(figure)
 
 
-def write(result: Mapping[str, Any], folder: str) -> None:
-  """Writes `resolution.json`, `resolution.md` and `resolution.png`."""
-  folder = epath.Path(folder).expanduser()
-  folder.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(result, indent=2)
-  (folder / "resolution.json").write_text(text + "\n")
-  (folder / "resolution.md").write_text(table(result) + "\n")
-  plot(result, folder / "resolution.png")
-
-
 def main(argv):
   """Measures by the flags and prints the table."""
   del argv
@@ -265,7 +250,7 @@ def main(argv):
   )
   print(table(result))
   if FLAGS.output:
-    write(result, FLAGS.output)
+    timing.write(result, FLAGS.output, "resolution", table, plot)
 
 
 if __name__ == "__main__":

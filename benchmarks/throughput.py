@@ -30,7 +30,6 @@ the image size with the paper's FLOPs beside them.
 import dataclasses
 import functools
 import itertools
-import json
 import logging
 import statistics
 import time
@@ -208,10 +207,6 @@ def benchmark(
   }
 
 
-def _short(x):
-  return f"{x:.3g}" if x < 100 else f"{x:.0f}"
-
-
 def table(result: Mapping[str, Any]) -> str:
   """A table, in Markdown, of what `benchmark` returned."""
   fields = ", ".join(f"{k} {v}" for k, v in result["fields"].items())
@@ -238,12 +233,12 @@ def table(result: Mapping[str, Any]) -> str:
         row["dtype"],
         row["model"],
       ),
-      *(_short(row["gflops"]), _short(row["executed_gflops"])),
-      _short(1e3 * middle / row["batch"]),
-      _short(row["batch"] / middle),
+      *(timing.short(row["gflops"]), timing.short(row["executed_gflops"])),
+      timing.short(1e3 * middle / row["batch"]),
+      timing.short(row["batch"] / middle),
       timing.spread(row["speedups"]),
       f"{statistics.median(row['of_peak']):.2f}",
-      "-" if row["bytes"] is None else _short(row["bytes"] / 2**20),
+      "-" if row["bytes"] is None else timing.short(row["bytes"] / 2**20),
       f"{row['first']:.1f} ({row['compilation']:.1f} compiling)",
     ]
     lines.append(f"| {' | '.join(cells)} |")
@@ -305,23 +300,13 @@ def plot(result: Mapping[str, Any], path: str) -> None:
   plt.close(figure)
 
 
-def write(result: Mapping[str, Any], folder: str) -> None:
-  """Writes `throughput.json`, `throughput.md` and `throughput.png`."""
-  folder = epath.Path(folder).expanduser()
-  folder.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(result, indent=2)
-  (folder / "throughput.json").write_text(text + "\n")
-  (folder / "throughput.md").write_text(table(result) + "\n")
-  plot(result, folder / "throughput.png")
-
-
 def main(argv):
   """Measures by the flags and prints the table."""
   del argv
   result = benchmark(FLAGS.variant, rounds=FLAGS.rounds, **cases.from_flags())
   print(table(result))
   if FLAGS.output:
-    write(result, FLAGS.output)
+    timing.write(result, FLAGS.output, "throughput", table, plot)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the benchmarks of models share: measuring in turn, memory, peaks."""
 
+import json
 import logging
 import statistics
 import time
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 _LOG = logging.getLogger("lookup_vit")
 
@@ -61,6 +63,27 @@ def spread(values: Sequence[float]) -> str:
   """The median, and from where to where."""
   middle = statistics.median(values)
   return f"{middle:.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def short(number: float) -> str:
+  """Three digits, or all before the point."""
+  return f"{number:.3g}" if number < 100 else f"{number:.0f}"
+
+
+def write(
+  result: Mapping[str, Any],
+  folder: str,
+  name: str,
+  table: Callable[[Mapping[str, Any]], str],
+  plot: Callable[[Mapping[str, Any], Any], None] | None = None,
+) -> None:
+  """Writes `NAME.json`, its table `NAME.md`, and if any the plot `NAME.png`."""
+  path = epath.Path(folder).expanduser()
+  path.mkdir(parents=True, exist_ok=True)
+  (path / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+  (path / f"{name}.md").write_text(table(result) + "\n")
+  if plot is not None:
+    plot(result, path / f"{name}.png")
 
 
 def program_bytes(compiled: Any) -> int | None:

@@ -1,9 +1,9 @@
 """The time to the first step, which kept compiled programs shorten."""
 
+import functools
 import logging
 import os
 import time
-from typing import Any
 
 import jax
 
@@ -46,17 +46,23 @@ def keep_programs() -> str | None:
 
 
 class Clock:
-  """Sums up what compiling takes, from its making on."""
+  """Tells what compiling has taken since its making."""
 
   def __init__(self):
-    self.seconds, self.read = 0.0, 0
-    jax.monitoring.register_event_duration_secs_listener(self._duration)
-    jax.monitoring.register_event_listener(self._event)
+    self._before = dict(_listen())
+
+  @property
+  def seconds(self) -> float:
+    """Of compiling, tracing left out."""
+    return _listen()["seconds"] - self._before["seconds"]
+
+  @property
+  def read(self) -> int:
+    """Programs that were kept, and not compiled."""
+    return _listen()["read"] - self._before["read"]
 
   def report(self) -> None:
-    """Logs how long ago the program began, and listens no more."""
-    jax.monitoring.unregister_event_duration_listener(self._duration)
-    jax.monitoring.unregister_event_listener(self._event)
+    """Logs how long ago the program began."""
     kept = f", {self.read} of the programs were kept" if self.read else ""
     log.info(
       "First step done %.1f s after the program began, %.1f s of them "
@@ -64,11 +70,21 @@ class Clock:
       *(time.monotonic() - lookup_vit.START, self.seconds, kept),
     )
 
-  def _duration(self, event: str, seconds: float, **kwargs: Any) -> None:
+
+@functools.cache
+def _listen() -> dict[str, float]:
+  """Sums of this process, from the first call on."""
+  sums = {"seconds": 0.0, "read": 0}
+
+  def duration(event, seconds, **kwargs):
     del kwargs
     if event in _PARTS:
-      self.seconds += seconds
+      sums["seconds"] += seconds
 
-  def _event(self, event: str, **kwargs: Any) -> None:
+  def count(event, **kwargs):
     del kwargs
-    self.read += event == _HIT
+    sums["read"] += event == _HIT
+
+  jax.monitoring.register_event_duration_secs_listener(duration)
+  jax.monitoring.register_event_listener(count)
+  return sums

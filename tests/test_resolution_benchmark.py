@@ -73,7 +73,9 @@ def test_models_are_those_that_are_named(result):
 
 def test_table_and_files(result, tmp_path):
   folder = tmp_path / "made" / "here"
-  benchmark.write(result, str(folder))
+  timing.write(
+    *(result, str(folder), "resolution", benchmark.table, benchmark.plot)
+  )
   assert json.loads((folder / "resolution.json").read_text()) == result
   text = (folder / "resolution.md").read_text()
   assert text == benchmark.table(result) + "\n"

@@ -102,7 +102,9 @@ def test_a_training_step_is_one():
 
 def test_table_and_files(result, tmp_path):
   folder = tmp_path / "made" / "here"
-  benchmark.write(result, str(folder))
+  timing.write(
+    *(result, str(folder), "throughput", benchmark.table, benchmark.plot)
+  )
   kept = json.loads((folder / "throughput.json").read_text())
   assert kept == json.loads(json.dumps(result))
   text = (folder / "throughput.md").read_text()
