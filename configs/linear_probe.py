@@ -3,7 +3,8 @@ r"""A linear classifier on the frozen backbone of a run, trained by SGD.
 The recipe is MAE's (arXiv:2111.06377, appendix A.1, table 10): LARS with a base
 learning rate of 0.1 for 256 images, no weight decay, 90 epochs, 10 of them
 warm-up, batches of 16,384, random crops and flips, features normalised without
-learned scale. On other data than ImageNet-1k the batch is for you to choose.
+learned scale. Crops and flips are MAE's for images of any size, whatever the
+run had. On other data than ImageNet-1k the batch is for you to choose.
 
     python -m lookup_vit.train --workdir=workdirs/probe \
         --config=configs/linear_probe.py:from=workdirs/in21k_lookup_b

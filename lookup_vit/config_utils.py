@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -257,6 +257,15 @@ def check_evals(evals: Mapping[str, Any]) -> None:
       raise ValueError(
         f"want dicts by names without a slash, not {name!r}: {value!r}."
       )
+
+
+def evals_in_order(names: Iterable[str]) -> list[str]:
+  """Names of evaluators, first that which a run is judged by.
+
+  A `ConfigDict` does not keep the order in which a config names them: "val"
+  comes first, then "test", then the others by name.
+  """
+  return sorted(names, key=lambda name: (name != "val", name != "test", name))
 
 
 def _complete(defaults, given, where):

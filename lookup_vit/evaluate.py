@@ -5,10 +5,10 @@ python -m lookup_vit.evaluate --workdir=workdirs/digits_lookup \
     --evals=test,linear_probe,few_shot,knn --grid=3x3,4x4
 
 `--evals` lists what to run: evaluators of the run's config by their names;
-types (files of `lookup_vit/evaluators`), on the data of the config's first
-evaluator, with the fields that they have by default; or `FILE.py[:ARGS]`, whose
-`get_config` returns evaluators by name, as `config.evals` has them. The flag
-may be given several times.
+types (files of `lookup_vit/evaluators`), on the data of the config's evaluator
+`val` or else `test`, with the fields that they have by default; or
+`FILE.py[:ARGS]`, whose `get_config` returns evaluators by name, as
+`config.evals` has them. The flag may be given several times.
 """
 
 import json
@@ -80,10 +80,10 @@ def evaluate(
   # The devices that are here, not those of the training.
   config.mesh, config.sharding = [("data", -1)], "replicated"
   lay_out(config)
+  # What only an update would need of a batch is not asked of this one.
+  config.grad_accum_steps = 1
+  config.mixup.p = config.cutmix.p = 0.0
   if batch_size is not None:
-    # What only an update would need of a batch is not asked of this one.
-    config.grad_accum_steps = 1
-    config.mixup.p = config.cutmix.p = 0.0
     config.input.batch_size = batch_size
     for evaluator in config.evals.values():
       evaluator.batch_size = batch_size
@@ -161,9 +161,11 @@ def split(values: Sequence[str]) -> list[str]:
 
 
 def _by_default(config, kind):
-  """An evaluator of a type, on the data of the config's first one."""
-  for fields in config.evals.values():
+  """An evaluator of a type, on the data that the run is judged by."""
+  for name in config_utils.evals_in_order(config.evals):
+    fields = config.evals[name]
     if "data" in fields and "pp_fn" in fields:
+      log.info("%s: on the data of the config's %r.", kind, name)
       names = ("data", "pp_fn", "batch_size")
       same = {name: fields[name] for name in names if name in fields}
       return ml_collections.ConfigDict(dict(type=kind, **same))
@@ -177,6 +179,9 @@ def _set_grids(program, grids):
   """Lets all evaluators run at grids; tells of those that are new."""
   if program.grids == [None]:
     raise ValueError("--grid: the model has no compressed grid.")
+  if len(set(grids)) < len(grids):
+    given = ",".join(map(config_utils.format_grid, grids))
+    raise ValueError(f"--grid={given} names one twice.")
   new = [config_utils.format_grid(g) for g in grids if g not in program.grids]
   if new:
     trained = ", ".join(map(config_utils.format_grid, program.grids))

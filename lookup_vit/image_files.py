@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import ml_collections
 import numpy as np
 
-from lookup_vit import damage, quiet_tensorflow  # noqa: F401
+from lookup_vit import config_utils, damage, quiet_tensorflow  # noqa: F401
 
 # isort: split
 import tensorflow as tf
@@ -15,14 +15,14 @@ from lookup_vit.preprocess import get_preprocess_fn
 
 
 def evaluation_pp(config: ml_collections.ConfigDict) -> str:
-  """The op-string of the first evaluator of a config that has one.
+  """The op-string by which the images are read that a run is judged by.
 
   Raises:
     ValueError: none has.
   """
-  for fields in config.evals.values():
-    if fields.get("pp_fn"):
-      return fields.pp_fn
+  for name in config_utils.evals_in_order(config.evals):
+    if config.evals[name].get("pp_fn"):
+      return config.evals[name].pp_fn
   raise ValueError(
     "config.evals: no evaluator says how to read images (pp_fn)."
   )

@@ -29,19 +29,20 @@ class MetricWriter:
       part = path.with_suffix(".tmp")
       part.write_text("".join(json.dumps(r) + "\n" for r in kept))
       part.replace(path)
-    self._file = path.open("a")
+    self._path = path
     self._summaries = metric_writers.SummaryWriter(str(path.parent))
 
   def write(self, step: int, values: Mapping[str, float | str]) -> None:
     """Writes values of one step; text goes to `metrics.jsonl` alone."""
-    self._file.write(json.dumps({"step": step, **values}) + "\n")
-    self._file.flush()
+    with self._path.open(
+      "a"
+    ) as file:  # In a bucket, it is written when closed.
+      file.write(json.dumps({"step": step, **values}) + "\n")
     numbers = {k: v for k, v in values.items() if not isinstance(v, str)}
     self._summaries.write_scalars(step, numbers)
 
   def close(self) -> None:
     """Flushes and closes."""
-    self._file.close()
     self._summaries.close()
 
 

@@ -511,8 +511,9 @@ class Progress:
 
 
 def _images(evaluators, count=4):
-  """A few images of the first evaluator that has batches; a view of each."""
-  for evaluator, _ in evaluators.values():
+  """A few images of the first evaluator that has some; a view of each."""
+  for name in config_utils.evals_in_order(evaluators):
+    evaluator, _ = evaluators[name]
     for batch in itertools.islice(evaluator.batches(), 1):
       images = batch["image"][:count]
       return images if evaluator.views == 1 else images[:, 0]

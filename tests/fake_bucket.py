@@ -136,8 +136,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def _write(self, name, content, answer=None):
     file = self._file(name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
+    if name.endswith("/"):  # It stands for a directory.
+      file.mkdir(parents=True, exist_ok=True)
+    else:
+      file.parent.mkdir(parents=True, exist_ok=True)
+      file.write_bytes(content)
     self._answer(200, answer or {})
 
 

@@ -315,3 +315,8 @@ def test_read_workdir_of_something_else(tmp_path, content):
   path.write_bytes(content)
   words = [str(path), "damaged"]
   fails(config_utils.read_workdir, str(tmp_path), words=words)
+
+
+def test_evaluators_in_order():
+  names = ["b", "test", "a", "val"]
+  assert config_utils.evals_in_order(names) == ["val", "test", "a", "b"]

@@ -1,12 +1,14 @@
 """Tests of lookup_vit/metric_writer.py."""
 
 import json
+import os
 
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
 from lookup_vit import metric_writer
+from tests import fake_bucket, programs
 
 
 def write(workdir, start_step, rows):
@@ -85,3 +87,35 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
 def test_read_without_a_file(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
     metric_writer.read(str(tmp_path))
+
+
+def test_in_a_bucket(tmp_path):
+  """Metrics and features: a file there is written whole, and has no places."""
+  code = """
+from lookup_vit import config_utils, metric_writer
+from lookup_vit.evaluators import features
+import numpy as np
+
+for start in (0, 2):
+  writer = metric_writer.MetricWriter("gs://bucket/run", start)
+  writer.write(start + 1, {"loss": 1.5})
+  writer.write(start + 2, {"loss": 2.5})
+  writer.close()
+print([row["step"] for row in metric_writer.read("gs://bucket/run")])
+path = config_utils.workdir_path("gs://bucket/run") / "features" / "x.npz"
+features.save(path, "key", [np.arange(5), np.ones((2, 3))])
+print([x.tolist() for x in features.load(path, "key")])
+print(features.load(path, "other"))
+"""
+  root = tmp_path / "root"
+  root.mkdir()
+  with fake_bucket.serve(root, tmp_path) as (_, env):
+    done = programs.Program("-c", code, env={**os.environ, **env})
+    out, err = done.communicate(timeout=120)
+  assert done.returncode == 0, err
+  assert out.splitlines() == [
+    "[1, 2, 3, 4]",
+    "[[0, 1, 2, 3, 4], [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]]",
+    "None",
+  ]
+  assert (root / "run" / "metrics.jsonl").read_text().count("\n") == 4

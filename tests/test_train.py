@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 from lookup_vit import (
   checkpoints,
@@ -157,6 +158,7 @@ def test_damaged_results_of_an_earlier_evaluation(run, monkeypatch):
     # A config of a training.
     (dict(evals=["configs/digits_vit.py"]), "vit.py: want dicts by names"),
     (dict(grids=[(9, 9)]), "config.evals.test.grids"),
+    (dict(grids=[(2, 2), (2, 2)]), "--grid=2x2,2x2 names one twice"),
     (dict(step=5), "has no checkpoint 5, only [4, 8, 12]"),
   ],
 )
@@ -165,6 +167,43 @@ def test_evaluations_that_cannot_be(run, asked, words):
   with pytest.raises(ValueError) as e:
     evaluate.evaluate(workdir, **asked)
   assert words in str(e.value)
+
+
+def test_evaluations_of_runs_that_are_not_ready(tmp_path):
+  def evaluate_run(name, **fields):
+    config = config_utils.resolve(small.config(**fields))
+    workdir = tmp_path / name
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    evaluate.evaluate(str(workdir), grids=[(2, 2)])
+
+  with pytest.raises(ValueError, match="untrained.* has no checkpoint"):
+    evaluate_run("untrained")
+
+
+def test_images_of_other_classes(run, tmp_path):
+  """Three classes, where the run has ten."""
+  _, workdir, _ = run
+  for name in "abc":
+    for split in ("train", "val"):
+      folder = tmp_path / "images" / split / name
+      folder.mkdir(parents=True)
+      for i in range(8):
+        pixels = np.full((32, 32, 3), 80 * "abc".index(name) + i, np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+  file = tmp_path / "evals.py"
+  file.write_text(
+    "import ml_collections\n"
+    "def get_config(kind):\n"
+    f"  data = dict(folder={str(tmp_path / 'images')!r}, split='val')\n"
+    "  pp = \"decode|value_range(-1,1)|keep('image','label')\"\n"
+    "  one = dict(type=kind, data=data, pp_fn=pp)\n"
+    "  return ml_collections.ConfigDict({kind: one})\n"
+  )
+  for kind in ("classification", "robustness"):
+    with pytest.raises(ValueError) as e:
+      evaluate.evaluate(workdir, evals=[f"{file}:{kind}"])
+    print(e.value)
 
 
 def test_a_linear_probe_of_the_run(run, tmp_path):

@@ -26,7 +26,7 @@ FLAGS = flags.FLAGS
 # those that it is trained at count.
 _IGNORED = (
   *("parent", "name", "num_classes", "grid", "encoder"),
-  *("scan", "remat_policy", "attention"),
+  *("scan", "remat_policy", "attention", "mhbc_impl"),
 )
 
 _OF_SIZE = ("width", "depth", "num_heads")
@@ -45,7 +45,8 @@ class Run:
     total_steps: of the whole training.
     step: the last that was logged.
     diverged: whether an update was not finite; `step` is that.
-    results: rows of `results.json`; None where it has not come to its end.
+    results: rows of classification in `results.json`; None where it has not
+      come to its end.
     logit_max: largest logit of attention, over layers and steps that were
       logged; None where none were.
   """
@@ -64,7 +65,7 @@ def read(workdir: str) -> Run:
   """A work directory's run.
 
   Raises:
-    ValueError: it is no work directory, or its results have no top-1.
+    ValueError: it is no work directory, or its results are damaged.
   """
   config = config_utils.read_workdir(workdir)
   folder = config_utils.workdir_path(workdir)
@@ -73,9 +74,11 @@ def read(workdir: str) -> Run:
     rows = metric_writer.read(workdir)
   if (folder / "results.json").exists():
     results = config_utils.read_json(folder / "results.json")
-    results = [row for row in results if "top1" in row]
-    if not results:
-      raise ValueError(f"{workdir}: its results.json has no top-1.")
+    results = [
+      row
+      for row in results
+      if "top1" in row and row.get("type") in (None, "classification")
+    ]
   name = "train/attention_logit_max"
   logits = [row[name] for row in rows if name in row]
   return Run(
@@ -188,10 +191,13 @@ def report(runs: Sequence[Run]) -> str:
   """The tables there are runs for, and what has not come to its end.
 
   Raises:
-    ValueError: there are no runs.
+    ValueError: there are no runs, or one has come to its end without a top-1.
   """
   if not runs:
     raise ValueError("--workdirs: no work directories.")
+  for run in runs:
+    if run.results == []:
+      raise ValueError(f"{run.workdir}: its results.json has no top-1.")
   default, *others = group(runs)
   stability = [
     found

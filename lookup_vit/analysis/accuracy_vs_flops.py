@@ -33,8 +33,11 @@ METRICS = {"top1": "top-1 (%)", "CIDEr": "CIDEr x 100"}
 # Fields of a row that are no metrics.
 _ABOUT = (
   *("model", "variant", "grid", "trained_grids", "split", "type"),
-  *("parameters", "gflops", "views", "tokens"),
+  *("parameters", "gflops", "views", "tokens", "probe"),
 )
+
+# Types of evaluators that have a top-1 beside what they are for.
+_OTHERS = ("linear_probe", "robustness")
 
 Row = Mapping[str, Any]
 
@@ -98,7 +101,7 @@ def _is_accuracy(row):
 def _metrics_table(rows):
   """Metrics below one another, grids side by side, values as they are.
 
-  Of a corruption's severities, the mean.
+  Of a corruption's severities, and of runs of the same model, the mean.
   """
   grids = list(dict.fromkeys(r["grid"] for r in rows))
   found = {}
@@ -110,11 +113,11 @@ def _metrics_table(rows):
       each.setdefault(stem if of_corruption else name, []).append(r[name])
     for name, values in each.items():
       row = found.setdefault((model_name(r), r["split"], name), {})
-      row[r["grid"]] = np.mean(values)
+      row.setdefault(r["grid"], []).append(np.mean(values))
   head = ["model", "evaluation", "metric", *(grid or "-" for grid in grids)]
   lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
   for key, values in found.items():
-    cells = [f"{values[g]:.4g}" if g in values else "-" for g in grids]
+    cells = [f"{np.mean(values[g]):.4g}" if g in values else "-" for g in grids]
     lines.append(f"| {' | '.join([*key, *cells])} |")
   return "\n".join(lines)
 
@@ -143,8 +146,12 @@ def _metric(rows):
 
 
 def model_name(row: Row) -> str:
-  """Of the model: its kind, variant, and whether it saw one grid alone."""
+  """Of the model: its kind, variant, and whether it saw one grid alone.
+
+  A linear probe trained by SGD says so.
+  """
   name = f"{_NAMES.get(row['model'], row['model'])} {row['variant']}"
+  name += ", linear probe by SGD" * bool(row.get("probe"))
   return name + ", one grid" * (len(row.get("trained_grids", ())) == 1)
 
 
@@ -160,20 +167,23 @@ def over_seeds(rows: Sequence[Row]) -> str:
 
   Rows of the same model, grids of training, grid and split are one row: mean
   of the top-1 (of captions, the CIDEr), its standard deviation (of a sample:
-  over n - 1), lowest and highest.
+  over n - 1), lowest and highest. Evaluators of something else are left out.
   """
   groups: dict[tuple[Any, ...], list[Row]] = {}
+  metric = _metric(rows)
+  rows = [r for r in rows if metric in r and r.get("type") not in _OTHERS]
   for r in rows:
     trained = tuple(r.get("trained_grids", ()))
     key = (model_name(r), trained, r["grid"], r["split"])
     groups.setdefault(key, []).append(r)
-  metric = _metric(rows)
+  splits = {r["split"] for r in rows}
   lines = [
     "| model | grid | GFLOPs | parameters (M) | runs | "
     f"{METRICS[metric]}, mean | std | range |",
     "|---|---|---|---|---|---|---|---|",
   ]
-  for (name, _, grid, _), group in groups.items():
+  for (name, _, grid, split), group in groups.items():
+    name += f", {split}" * (len(splits) > 1)
     found = 100 * np.array([r[metric] for r in group])
     std = f"{found.std(ddof=1):.2f}" if len(found) > 1 else "-"
     lines.append(

@@ -18,7 +18,7 @@ is drawn can be chosen:
     --kind=grid           all maps of a grid at once, arranged as the grid
 
 Each map is bright where it is near its own largest value. The images are
-preprocessed as by the first evaluator of the run's config, or by `--pp`.
+preprocessed as by the run's evaluator `val` or else `test`, or by `--pp`.
 """
 
 import itertools
@@ -301,7 +301,7 @@ def draw_files(
     blocks: as `cross_attention.maps` takes them.
     heads: likewise.
     places: as `token_rows` takes them, or "all".
-    pp: op-string; that of the config's first evaluator where none is given.
+    pp: op-string; `image_files.evaluation_pp` where none is given.
     step: of a checkpoint; the newest where none is given.
 
   Raises:

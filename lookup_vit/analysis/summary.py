@@ -17,6 +17,7 @@ from lookup_vit.analysis import (
   cross_attention,
   flops,
 )
+from lookup_vit.models import probe
 from lookup_vit.train_step import Program
 
 log = logging.getLogger("lookup_vit")
@@ -77,14 +78,17 @@ def results(
 
   The cost is that of one view, `views` how many an example has. Of a captioner,
   it is that of the image encoder, whose are model and variant too; `tokens` is
-  how many of an image's tokens the decoder reads.
+  how many of an image's tokens the decoder reads. Of a linear classifier on a
+  frozen encoder, model and variant are the encoder's, and `probe` is True.
   """
   config = program.config
-  fields, more = config.model, {}
+  fields, more, more_of_all = config.model, {}, {}
   kind = config.model_name
   if "encoder" in fields:
     fields = fields.encoder
     kind = fields.get("model_name", "lookup_vit")
+  if isinstance(program.model, probe.Probe):
+    more_of_all["probe"] = True
   trained = [config_utils.format_grid(g) for g in program.grids if g]
   rows = []
   grouped: dict[tuple[str, str | None], dict[str, float]] = {}
@@ -109,6 +113,7 @@ def results(
         "parameters": costs[grid].params,
         "gflops": costs[grid].xla_flops / 1e9,
         "views": config.evals.get(evaluator, {}).get("views") or 1,
+        **more_of_all,
         **more[grid],
         **values,
       }

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import hashlib
+import io
 import logging
 import zipfile
 import zlib
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from lookup_vit import (
@@ -229,7 +231,7 @@ class Features:
     if workdir is not None:
       name, key = self._name_and_key(params, grids)
       path = config_utils.workdir_path(workdir) / _FOLDER / f"{name}.npz"
-      kept = _load(path, key)
+      kept = load(path, key)
       if kept is not None:
         log.info("%s: features are those in %s.", self.name, path)
         labels, *found = kept
@@ -254,7 +256,7 @@ class Features:
           found[grid] = np.zeros((self.size, rows.shape[1]), np.float32)
         found[grid][places[real]] = rows[real]
     if path is not None and jax.process_index() == 0:
-      _save(path, key, [labels, *found.values()])
+      save(path, key, [labels, *found.values()])
     return {grid: Split(x, labels) for grid, x in found.items()}
 
   def _name_and_key(self, params, grids):
@@ -273,8 +275,8 @@ def _digest(value):
   return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def _load(path, key):
-  """The arrays of a file of this key that every process can read, or None."""
+def load(path: epath.Path, key: str) -> list[np.ndarray] | None:
+  """The arrays of a file of this key, where every process can read it."""
   arrays = None
   try:
     with path.open("rb") as f, np.load(f, allow_pickle=False) as file:
@@ -290,10 +292,11 @@ def _load(path, key):
   return arrays if have.all() else None
 
 
-def _save(path, key, arrays):
-  """Writes a file whole or not at all."""
+def save(path: epath.Path, key: str, arrays: Sequence[np.ndarray]) -> None:
+  """Writes a file of arrays, whole or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
+  content = io.BytesIO()  # `savez` goes back in a file, which no bucket can.
+  np.savez(content, np.array(key), *arrays)
   part = path.with_suffix(".tmp")
-  with part.open("wb") as f:
-    np.savez(f, np.array(key), *arrays)
+  part.write_bytes(content.getvalue())
   part.replace(path)

@@ -116,7 +116,11 @@ def check_grids(
       tokens.check_grid(grid, lookup_grid)
     except ValueError as e:
       raise ValueError(f"{field}: {e}") from None
-  return [tuple(grid) for grid in grids]
+  grids = [tuple(grid) for grid in grids]
+  if len(set(grids)) < len(grids):
+    given = ", ".join(map(config_utils.format_grid, grids))
+    raise ValueError(f"{field}: {given} names one twice.")
+  return grids
 
 
 def positive(field: str, value: Any) -> int:

@@ -244,7 +244,7 @@ def test_what_cannot_be_read(tmp_path, runs):
     ablations.read(str(tmp_path / "none"))
   path = write(tmp_path / "a", ablation.get_config(), [dict(CIDEr=1.0)])
   with pytest.raises(ValueError, match="a: its results.json has no top-1"):
-    ablations.read(path)
+    ablations.report([ablations.read(path)])
   with pytest.raises(ValueError, match="--workdirs: no work directories"):
     ablations.report([])
 

@@ -150,3 +150,34 @@ def test_over_seeds_against_numpy():
     "| ViT S/4 | - | 1.250 | 2.00 | 3 | 94.00 | 3.00 | 91.00 to 97.00 |"
   )
   assert lines[3].endswith("| 1 | 50.00 | - | 50.00 to 50.00 |")
+
+
+def test_over_seeds_of_several_evaluators():
+  about = dict(model="vit", variant="S/4", grid=None, gflops=1, parameters=1)
+  each = [
+    dict(type="classification", split="test", top1=0.5),
+    dict(type="classification", split="v2", top1=0.25),
+    dict(type="knn", split="knn", **{"20_nn": 0.5}),
+    dict(type="linear_probe", split="linear_probe", top1=0.9, C=1.0),
+  ]
+  rows = [about | row for row in each] + [
+    about | each[0] | dict(top1=0.9, probe=True)
+  ]
+  lines = accuracy_vs_flops.over_seeds(rows).splitlines()[2:]
+  names = [line.split("|")[1].strip() for line in lines]
+  assert names == [
+    "ViT S/4, test",
+    "ViT S/4, v2",
+    "ViT S/4, linear probe by SGD, test",
+  ]
+  assert [line.split("|")[6].strip() for line in lines] == [
+    "50.00",
+    "25.00",
+    "90.00",
+  ]
+
+
+def test_probes_of_several_seeds_are_averaged():
+  about = dict(model="vit", variant="S/4", grid=None, gflops=1, parameters=1)
+  rows = [about | dict(split="few_shot", **{"10_shot": x}) for x in (0.9, 0.1)]
+  assert accuracy_vs_flops.table(rows).splitlines()[-1].endswith("| 0.5 |")

@@ -42,6 +42,7 @@ def test_milliseconds_for_an_image(program, monkeypatch):
     assert got.pop(f"speed/{grid}/ms_min") == pytest.approx(ms.min())
     assert got.pop(f"speed/{grid}/ms_max") == pytest.approx(ms.max())
   assert not got and len(seen) == 4
+  assert not list(evaluator.batches())  # No images to look at.
 
 
 @pytest.mark.parametrize(
