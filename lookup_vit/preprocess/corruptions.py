@@ -152,7 +152,8 @@ def corrupt(
 
   Below 64 pixels, of the shorter side, the severities are CIFAR-10-C's. The
   pixels are a function of the image and the op's seed, so that in evaluation
-  those of an example depend on its place in the split, and on the number of ops before.
+  those of an example depend on its place in the split, and on how many ops
+  stand before this one.
 
   Args:
     name: gaussian_noise, shot_noise, impulse_noise, defocus_blur, glass_blur,
