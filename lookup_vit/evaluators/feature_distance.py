@@ -116,7 +116,10 @@ class Evaluator:
       kept = config_utils.read_json(path) if path.exists() else []
     clean = self.clean.extract(params, self.grids, check)
     found = {(s, grid): [] for s in self.severities for grid in self.grids}
-    for (severity, _), part in self.corrupted.items():
+    parts = shared.progress(
+      *(self.corrupted.items(), len(self.corrupted), self.name, "corruption")
+    )
+    for (severity, _), part in parts:
       for grid, split in part.extract(params, self.grids, check).items():
         found[severity, grid].append(distances(clean[grid].x, split.x))
     histograms = []

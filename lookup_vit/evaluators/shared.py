@@ -156,22 +156,25 @@ def some(
   return tuple(x for x in there if x in given)
 
 
-def progress(batches: Iterable[Any], count: int, name: str) -> Iterator[Any]:
-  """The batches; says now and then how many there were, and what is left."""
+def progress(
+  parts: Iterable[Any], count: int, name: str, what: str = "batch"
+) -> Iterator[Any]:
+  """The parts; says now and then how many there were, and what is left."""
   start = said = time.monotonic()
-  for done, batch in enumerate(batches):
+  for done, part in enumerate(parts):
     now = time.monotonic()
     if done and now - said > _EVERY:
       said = now
       left = round((now - start) / done * (count - done))
       log.info(
-        "%s: batch %d/%d  ETA %s",
+        "%s: %s %d/%d  ETA %s",
         name,
+        what,
         done,
         count,
         datetime.timedelta(seconds=left),
       )
-    yield batch
+    yield part
 
 
 def metric_prefix(name: str, grid: Any) -> str:
