@@ -181,29 +181,26 @@ def test_evaluations_of_runs_that_are_not_ready(tmp_path):
     evaluate_run("untrained")
 
 
-def test_images_of_other_classes(run, tmp_path):
-  """Three classes, where the run has ten."""
+@pytest.mark.parametrize("kind", ["classification", "robustness"])
+def test_images_of_more_classes(run, tmp_path, kind):
   _, workdir, _ = run
-  for name in "abc":
-    for split in ("train", "val"):
-      folder = tmp_path / "images" / split / name
-      folder.mkdir(parents=True)
-      for i in range(8):
-        pixels = np.full((32, 32, 3), 80 * "abc".index(name) + i, np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
+  for name in "abcdefghijkl":
+    folder = tmp_path / "images" / "val" / name
+    folder.mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(folder / "0.png")
   file = tmp_path / "evals.py"
   file.write_text(
     "import ml_collections\n"
-    "def get_config(kind):\n"
+    "def get_config(arg=None):\n"
     f"  data = dict(folder={str(tmp_path / 'images')!r}, split='val')\n"
-    "  pp = \"decode|value_range(-1,1)|keep('image','label')\"\n"
-    "  one = dict(type=kind, data=data, pp_fn=pp)\n"
-    "  return ml_collections.ConfigDict({kind: one})\n"
+    "  pp = \"decode|resize(32)|value_range(-1,1)|keep('image','label')\"\n"
+    f"  one = dict(type={kind!r}, data=data, pp_fn=pp)\n"
+    "  return ml_collections.ConfigDict(dict(mine=one))\n"
   )
-  for kind in ("classification", "robustness"):
-    with pytest.raises(ValueError) as e:
-      evaluate.evaluate(workdir, evals=[f"{file}:{kind}"])
-    print(e.value)
+  with pytest.raises(ValueError) as e:
+    evaluate.evaluate(workdir, evals=[str(file)])
+  words = "config.evals.mine.data has 12 classes, config.num_classes is 10."
+  assert str(e.value) == words
 
 
 def test_a_linear_probe_of_the_run(run, tmp_path):
