@@ -11,17 +11,7 @@ import pytest
 from PIL import Image
 
 from lookup_vit.analysis import report, runs
-from tests.analysis.made_up_runs import row, write_all, write_run
-
-
-@pytest.fixture(scope="module")
-def workdirs(tmp_path_factory):
-  return write_all(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def found(workdirs):
-  return [runs.read(workdir) for workdir in workdirs.values()]
+from tests.analysis.made_up_runs import row, write_run
 
 
 def test_curves(found):

@@ -2,21 +2,9 @@
 
 import json
 
-import pytest
-
 from lookup_vit import config_utils
 from lookup_vit.analysis import corruption_error, report_tables, runs
-from tests.analysis.made_up_runs import cells, row, write_all, write_run
-
-
-@pytest.fixture(scope="module")
-def workdirs(tmp_path_factory):
-  return write_all(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def found(workdirs):
-  return [runs.read(workdir) for workdir in workdirs.values()]
+from tests.analysis.made_up_runs import cells, row, write_run
 
 
 def test_main_table(found):
