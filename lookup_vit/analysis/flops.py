@@ -104,7 +104,7 @@ def multiply_adds(
   """
   lookup_grid = tokens.lookup_grid(image_size, model.patch_size)
   n, d = math.prod(lookup_grid), model.width
-  stem = _stem(model, n)
+  stem = _stem(model, lookup_grid)
   heads = len(_heads(model)) if hasattr(model, "grid") else 1
   rest = heads * (model.num_classes or 0) * d
   slices = 1
@@ -127,17 +127,20 @@ def _absorbs(model, n, m):
   return mhbc.absorbs(model.mhbc_impl, m, n, heads, model.width)
 
 
-def _stem(model, n):
-  """From pixels to `n` tokens."""
-  d = model.width
+def _stem(model, lookup_grid):
+  """From pixels to a grid of tokens; padding is not counted, as by XLA."""
+  d, patch = model.width, model.patch_size
+  n = math.prod(lookup_grid)
   if model.stem == "patch":
-    return n * math.prod(model.patch_size) * 3 * d
-  convolutions = tokens.stem_convolutions(model.stem, d, model.patch_size)
-  macs, places, after = 0, n * math.prod(model.patch_size), 3
-  for channels, stride in convolutions:
-    places //= stride**2
-    macs += places * 9 * after * channels
-    after = channels
+    return n * math.prod(patch) * 3 * d
+  sides = [g * p for g, p in zip(lookup_grid, patch, strict=True)]
+  macs, before = 0, 3
+  for channels, stride in tokens.stem_convolutions(model.stem, d, patch):
+    sides = [side // stride for side in sides]
+    # Three pixels for each, but at borders: the first, with stride 1 the last.
+    pixels = math.prod(3 * side - (1 if stride == 2 else 2) for side in sides)
+    macs += pixels * before * channels
+    before = channels
   return macs + n * d * d
 
 

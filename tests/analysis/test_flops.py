@@ -62,7 +62,7 @@ def test_pooling(pool):
     dict(heads="lookup"),
     dict(compressed_init="average"),
     dict(stem="conv"),
-    dict(stem="deep_conv", depth=12),
+    dict(stem="deep_conv"),
     dict(compressed_init="learned", grid=(3, 3)),
   ],
 )
