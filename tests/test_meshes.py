@@ -198,7 +198,7 @@ def test_data_parallel_exchanges_gradients_alone(runs):
       x.size for name, x in params.items() if not name.endswith("mhbc.key.bias")
     ]
     assert len(sizes) == len(params) - DEPTH
-  # The positions' gradient comes from two grids; some kernels' come by head.
+  # The positions' gradient comes from two grids; some kernels' may be split.
   sizes.append(math.prod(found(runs, "replicated", 1)["grid"]) * 64)
   assert sum(n for n in reduced if n > 1) == sum(sizes)
   assert max(reduced) <= max(sizes)

@@ -340,8 +340,8 @@ def _as_rows(params):
   }
 
 
-# XLA multiplies by one head's slice of a kernel after the other in half of the
-# time that it takes on CPUs for all heads as a batch.
+# Heads come first, as the batch of a product: otherwise XLA takes twice as long
+# on CPUs.
 
 
 def _widen(
@@ -349,34 +349,16 @@ def _widen(
 ) -> Float[Array, "b h m D"]:
   """Each head projected to the full width, with its rows of a kernel."""
   heads = x.shape[2]
-
-  def at_once(x, kernel):
-    kernel = kernel.reshape(heads, -1, kernel.shape[-1])
-    return jnp.einsum("bmhd,hdD->bhmD", x, kernel)
-
-  def by_head(x, kernel):
-    parts = jnp.split(layers.merge_heads(x), heads, axis=-1)
-    pairs = zip(parts, jnp.split(kernel, heads), strict=True)
-    return jnp.stack([part @ rows for part, rows in pairs], axis=1)
-
-  x = jax.lax.platform_dependent(x, kernel, cpu=by_head, default=at_once)
-  return layers.constrain(x, "batch", "heads", None, None)
+  kernel = kernel.reshape(heads, -1, kernel.shape[-1])
+  x = jnp.einsum("hbmd,hdD->hbmD", jnp.moveaxis(x, 2, 0), kernel)
+  return layers.constrain(x.swapaxes(0, 1), "batch", "heads", None, None)
 
 
 def _narrow(
   x: Float[Array, "b h m D"], kernel: Float[Array, "D h*d"]
 ) -> Float[Array, "b m h*d"]:
   """Each head projected from the full width, with its columns of a kernel."""
-  heads = x.shape[1]
   x = layers.constrain(x, "batch", "heads", None, None)
-
-  def at_once(x, kernel):
-    kernel = kernel.reshape(kernel.shape[0], heads, -1)
-    return layers.merge_heads(jnp.einsum("bhmD,Dhd->bmhd", x, kernel))
-
-  def by_head(x, kernel):
-    parts = [part[:, 0] for part in jnp.split(x, heads, axis=1)]
-    pairs = zip(parts, jnp.split(kernel, heads, axis=1), strict=True)
-    return jnp.concatenate([part @ columns for part, columns in pairs], axis=-1)
-
-  return jax.lax.platform_dependent(x, kernel, cpu=by_head, default=at_once)
+  kernel = kernel.reshape(kernel.shape[0], x.shape[1], -1).swapaxes(0, 1)
+  x = jnp.einsum("hbmD,hDd->hbmd", x.swapaxes(0, 1), kernel)
+  return layers.merge_heads(jnp.moveaxis(x, 0, 2))

@@ -55,12 +55,11 @@ def resize_grid(
   tokens: Float[Array, "b n D"], source: Grid, target: Grid
 ) -> Float[Array, "b m D"]:
   """`T(x, g)`: resizes a grid of tokens, linearly in each axis, antialiased."""
-  if source == target:
-    return tokens
-  batch, _, width = tokens.shape
-  x = tokens.reshape(batch, *source, width)
-  x = jax.image.resize(x, (batch, *target, width), "linear")
-  return x.reshape(batch, math.prod(target), width)
+  weights = [
+    jax.image.resize(jnp.eye(n, dtype=tokens.dtype), (m, n), "linear")
+    for n, m in zip(source, target, strict=True)
+  ]
+  return _along_axes(tokens, source, weights)
 
 
 def pool_grid(
@@ -72,14 +71,26 @@ def pool_grid(
   `ceil((i + 1) n / m)`, as of PyTorch's adaptive average pooling: where `m`
   does not divide `n`, cells overlap.
   """
-  batch, _, width = tokens.shape
-  x = tokens.reshape(batch, *source, width)
-  for axis, (n, m) in enumerate(zip(source, target, strict=True), 1):
+  weights = []
+  for n, m in zip(source, target, strict=True):
     places, i = np.arange(n), np.arange(m)[:, None]
     cells = (places >= i * n // m) & (places < -(-(i + 1) * n // m))
-    weights = jnp.asarray(cells / cells.sum(1, keepdims=True), x.dtype)
-    x = jnp.tensordot(weights, x, (1, axis), precision="highest")
-    x = jnp.moveaxis(x, 0, axis)
+    weights.append(jnp.asarray(cells / cells.sum(1, keepdims=True)))
+  return _along_axes(tokens, source, weights)
+
+
+def _along_axes(tokens, source, weights):
+  """Each axis of a grid multiplied by its weights `[m, n]`."""
+  batch, _, width = tokens.shape
+  x, before = tokens, batch
+  for n, axis in zip(source, weights, strict=True):
+    m = len(axis)
+    if m != n:
+      # The weights are repeated so that nothing has to be transposed.
+      axis = jnp.broadcast_to(axis.astype(x.dtype), (before, m, n))
+      x = x.reshape(before, n, -1)
+      x = jnp.einsum("bmn,bnx->bmx", axis, x, precision="highest")
+    before *= m
   return x.reshape(batch, -1, width)
 
 
@@ -146,10 +157,37 @@ def tokenise(
       x = nn.gelu(x, approximate=cfg.gelu == "tanh")
     patch_size = (1, 1)
   embed = nn.Conv(
-    width, patch_size, patch_size, "VALID", dtype=cfg.dtype, name="embedding"
+    *(width, patch_size, patch_size, "VALID"),
+    dtype=cfg.dtype,
+    conv_general_dilated=_convolve_patches,
+    name="embedding",
   )
   x = embed(x)
   return x.reshape(x.shape[0], -1, width), grid
+
+
+def _convolve_patches(images, kernel, strides, *args, **kwargs):
+  """`jax.lax.conv_general_dilated` with strides as the kernel is large."""
+
+  def as_product(images, kernel):
+    grid = lookup_grid(images.shape[1:-1], strides)
+    rank = len(grid)
+    sides = [n for pair in zip(grid, strides, strict=True) for n in pair]
+    x = images.reshape(len(images), *sides, images.shape[-1])
+    odd, even = range(1, 2 * rank, 2), range(2, 2 * rank + 1, 2)
+    x = x.transpose(0, *odd, *even, 2 * rank + 1)
+    x = x.reshape(len(images), *grid, -1)
+    return x @ kernel.reshape(-1, kernel.shape[-1])
+
+  def as_convolution(images, kernel):
+    return jax.lax.conv_general_dilated(
+      images, kernel, strides, *args, **kwargs
+    )
+
+  # XLA multiplies faster than it convolves on CPUs.
+  return jax.lax.platform_dependent(
+    images, kernel, cpu=as_product, default=as_convolution
+  )
 
 
 def stem_convolutions(

@@ -34,7 +34,7 @@ CASES = {
     dict(spatial="lookup_vit", grid=(2, 1), temporal_depth=1),
   ),
   "lookup_vit, scan": (
-    (4, 12, 20),
+    (6, 12, 20),
     dict(
       spatial="lookup_vit",
       grid=(3, 2),
