@@ -14,6 +14,7 @@ combination a chip's step is compiled as `lookup_vit/dryrun.py` does, with
     temporaries  of the compiled step
     roofline     the longest of FLOPs, bytes and what is sent to other chips,
                  over the chip's peaks: no step is faster
+    compiling    tracing too: how long it takes here, at the effort of a run
 
 TPUs want libtpu (`pip install '.[tpu]'`). `--output` keeps a table (Markdown)
 and all that was found (JSON).
@@ -22,6 +23,7 @@ and all that was found (JSON).
 import dataclasses
 import itertools
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +40,7 @@ FLAGS = flags.FLAGS
 _LOG = logging.getLogger("lookup_vit")
 
 _STEPS = {"inference": "evaluation", "train": "train"}
-_COLUMNS = ("flops", "bytes", "temporaries", "seconds")
+_COLUMNS = ("flops", "bytes", "temporaries", "seconds", "compilation")
 
 
 def benchmark(
@@ -70,9 +72,9 @@ def benchmark(
 
   Returns:
     Plain values by name. `rows` has one for each combination: what it is of,
-    and for a chip `flops`, `bytes`, `temporaries`, and `seconds` of the
-    roofline, None where the chip's peaks are not known; and of each of these
-    `of_vit`, by the least of the ViTs at the same place.
+    and for a chip `flops`, `bytes`, `temporaries`, `seconds` of the roofline,
+    None where the chip's peaks are not known, and `compilation` in seconds; and
+    of each of these `of_vit`, by the least of the ViTs at the same place.
 
   Raises:
     ValueError: as of `throughput.benchmark`, or there is no such topology, or
@@ -91,7 +93,9 @@ def benchmark(
   rows = {}
   for (place, way), (config, program) in made.items():
     _LOG.info("%s; %s", place, way)
+    start = time.perf_counter()
     step = steps.measure(program, _STEPS[place.kind], way.grid)
+    compilation = time.perf_counter() - start
     if step.memory.refused:
       raise ValueError(
         f"{place}; {way}: wants {dryrun.size_text(step.memory.total)} of "
@@ -107,6 +111,7 @@ def benchmark(
       "temporaries": step.memory.parts["temporaries"],
       "seconds": best and best.seconds,
       "bound": best and best.bound,
+      "compilation": compilation,
     }
   for (place, _), row in rows.items():
     of_vit = [rows[place, way] for way in ways if way.grid is None]
@@ -132,10 +137,11 @@ def table(result: Mapping[str, Any]) -> str:
     "brackets the ratio to ViT.",
     "",
     "| kind | image | a chip | dtype | model | GFLOP an image | MB an image "
-    "| temporaries, MiB | roofline, ms | bound |",
-    "|" + "---|" * 10,
+    "| temporaries, MiB | roofline, ms | compiling, s | bound |",
+    "|" + "---|" * 11,
   ]
   units = dict(flops=1e9, bytes=1e6, temporaries=2**20, seconds=1e-3)
+  units["compilation"] = 1
   for row in result["rows"]:
     cells = [row["kind"], cases.size_text(row["image_size"])]
     cells += [str(row["batch"]), row["dtype"], row["model"]]
