@@ -41,11 +41,12 @@ def in21k(tmp_path_factory):
 # One of each kind, and those that are `full`.
 CONFIGS = (
   *("digits_lookup", "in1k_lookup_b", "in21k_lookup_b", "linear_probe"),
-  *("k400_lookup_vivit_b", "coco_caption_lookup_b"),
+  "coco_caption_lookup_b",
 )
 MORE_CONFIGS = (
   *("digits_vit", "ablation", "cifar10", "in1k_vit_b", "in21k_vit_b"),
-  *("k400_vivit_b", "ssv2_vivit_b", "ssv2_lookup_vivit_b", "in1k_finetune"),
+  *("k400_lookup_vivit_b", "k400_vivit_b", "ssv2_lookup_vivit_b"),
+  *("ssv2_vivit_b", "in1k_finetune"),
   *("image_folder", "video_folder", "caption_folder", "coco_caption_vit_b"),
   *("moving_digits_vivit", "moving_digits_lookup"),
   *("digit_captions_vit", "digit_captions_lookup"),
@@ -128,6 +129,7 @@ train.train_and_evaluate(config, sys.argv[1])
 """
 
 
+@pytest.mark.full
 def test_four_devices_learn_and_evaluate_as_one(tmp_path):
   four, one = str(tmp_path / "four"), str(tmp_path / "one")
   process = programs.Program("-c", _DEVICES, four)

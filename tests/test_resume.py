@@ -175,7 +175,7 @@ def undisturbed(numbers, tmp_path_factory):
 
 
 @pytest.fixture(
-  scope="module", params=[pytest.param(1, marks=pytest.mark.full), 2]
+  scope="module", params=[1, pytest.param(2, marks=pytest.mark.full)]
 )
 def runs(request, numbers, undisturbed, tmp_path_factory):
   """An undisturbed run, and one that was killed three times."""
@@ -220,6 +220,7 @@ def assert_same_end(workdir, other):
   assert rows(workdir) == rows(other)
 
 
+@pytest.mark.full
 def test_told_to_stop(numbers, undisturbed, tmp_path):
   """Two processes, then again two or one."""
   run = Run(tmp_path / "run", numbers, 2)

@@ -123,7 +123,7 @@ def check_results(rows, grid, views=(1, 12)):
   "name",
   [
     "k400_lookup_vivit_b",
-    "ssv2_vivit_b",
+    pytest.param("ssv2_vivit_b", marks=pytest.mark.full),
     pytest.param("k400_vivit_b", marks=pytest.mark.full),
     pytest.param("ssv2_lookup_vivit_b", marks=pytest.mark.full),
   ],
