@@ -69,8 +69,8 @@ class _Models:
     config = cases.config(place, way, self._variant, self._fields)
     return train_step.Program(config, _STEPS)
 
-  def compile(self, place, way) -> tuple[Callable[[], Any], Any]:
-    """A function that runs a step, and its compiled program."""
+  def compile(self, place, way) -> tuple[Callable[[], Any], Any, float]:
+    """A function that runs a step, its program, and seconds of compiling."""
     program = self.program(place, way)
     batch = self._batch(program, place)
     key = way.grid is None, place.image_size
@@ -82,19 +82,19 @@ class _Models:
       if key not in self._params:
         self._params[key] = program.init_state().params
       params = self._params[key]
-      compiled = apply.lower(params, batch).compile()
-      return functools.partial(compiled, params, batch), compiled
+      compiled, seconds = _compile(apply, params, batch)
+      return functools.partial(compiled, params, batch), compiled, seconds
     if key not in self._states:
       self._states[key] = program.init_state()
     state = self._states[key]
-    compiled = program.update_step.lower(state, batch, way.grid).compile()
+    compiled, seconds = _compile(program.update_step, state, batch, way.grid)
 
     def step():
       # The state was given away with the step before.
       self._states[key], scalars = compiled(self._states[key], batch)
       return scalars
 
-    return step, compiled
+    return step, compiled, seconds
 
   def _batch(self, program, place):
     key = place.image_size, place.batch
@@ -107,6 +107,13 @@ class _Models:
         for name, x in shapes.items()
       }
     return self._batches[key]
+
+
+def _compile(function, *args):
+  """A compiled program, and seconds of tracing and compiling."""
+  start = time.perf_counter()
+  compiled = function.lower(*args).compile()
+  return compiled, time.perf_counter() - start
 
 
 def benchmark(
@@ -157,11 +164,10 @@ def benchmark(
 
   run, rows = {}, {}
   for place, way in itertools.product(places, ways):
+    step, compiled, compilation = models.compile(place, way)
     start = time.perf_counter()
-    step, compiled = models.compile(place, way)
-    compilation = time.perf_counter() - start
     jax.block_until_ready(step())
-    first = time.perf_counter() - start
+    first = compilation + time.perf_counter() - start
     _LOG.info("%s; %s: first step after %.0f s.", place, way, first)
     model = models.program(place, way).model
     cost = flops.cost(model, place.image_size, way.grid)
