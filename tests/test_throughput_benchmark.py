@@ -92,7 +92,7 @@ def test_a_training_step_is_one():
   place = cases.Place("train", (24, 24), 2, "float32")
   way = cases.Way((1, 2), "auto")
   models = benchmark._Models("mu/8", dict(depth=1))
-  step, _ = models.compile(place, way)
+  step, *_ = models.compile(place, way)
   losses = [float(step()["loss"]) for _ in range(3)]
   (state,) = models._states.values()
   assert int(state.step) == 3 and len(set(losses)) > 1
