@@ -340,8 +340,8 @@ def _as_rows(params):
   }
 
 
-# Heads come first, as the batch of a product: otherwise XLA takes twice as long
-# on CPUs.
+# Heads come first, as the batch of a product: otherwise XLA takes up to twice
+# as long on CPUs.
 
 
 def _widen(
