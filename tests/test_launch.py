@@ -371,7 +371,7 @@ def test_continuous_integration(launch, fails):
   # The second time, what takes long.
   tested = [args for _, args in work if args.startswith("-m pytest")]
   assert len(tested) == (1 if fails else 2) and len(work) == 3 + len(tested)
-  assert fails or tested[1] == "-m pytest --full"
+  assert fails or tested[1].startswith("-m pytest --full -n 2 ")
   assert all(p.startswith(f"{launch.path}/tmp/") for p, _ in work)
   assert not list((launch.path / "tmp").iterdir())
   assert not (launch.repo / ".venv").exists()
