@@ -386,6 +386,7 @@ def test_archives_that_were_cut_off(where, tmp_path):
     (gzip.compress(bytes(10240)), "is no tar archive"),
     (bytes(10240), "is no tar archive"),
   ],
+  ids=["empty", "page", "gzip", "zeros"],
 )
 def test_files_that_are_no_archives(data, error, tmp_path):
   imagenet_files.write_imagenet21k(tmp_path / "in", classes=2, per_class=1)
