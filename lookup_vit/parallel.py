@@ -155,6 +155,11 @@ class Compiled:
     with self._active():
       return self._jitted(*args)
 
+  def trace(self, *args: Any) -> jax.stages.Traced:
+    """As `jax.jit(...).trace`."""
+    with self._active():
+      return self._jitted.trace(*args)
+
   def lower(self, *args: Any) -> jax.stages.Lowered:
     """As `jax.jit(...).lower`."""
     with self._active():
@@ -169,6 +174,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Axis 0 is split over the axes "data" and "fsdp"."""
   return NamedSharding(mesh, PartitionSpec(_BATCH))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+  """Shapes that lie on a mesh.
+
+  Args:
+    shapes: a tree of arrays or their shapes.
+    shardings: a tree of shardings, or of its upper part.
+  """
+  return jax.tree.map(
+    lambda sharding, part: jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part
+    ),
+    shardings,
+    shapes,
+  )
 
 
 def param_shardings(params: Any, mesh: Mesh, strategy: str) -> Any:

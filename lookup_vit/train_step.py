@@ -134,14 +134,14 @@ class Program:
       config, shapes, total_steps, frozen
     )
     self.trainable = optim.trainable(config, shapes, frozen)
-    try:
-      self.state_shapes = jax.eval_shape(self._init_state)
-      self._trace()
-    except TypeError as e:
-      raise ValueError(f"The config does not work: {e}") from e
+    self.state_shapes = jax.eval_shape(self._init_state, shapes)
     self.state_shardings = parallel.state_shardings(
       self.state_shapes, self.mesh, config.sharding
     )
+    try:
+      self._trace()
+    except TypeError as e:
+      raise ValueError(f"The config does not work: {e}") from e
 
   def _check_tensor(self):
     models = {"": self.model}
@@ -172,8 +172,12 @@ class Program:
     size = self.config.input.batch_size
     batch = self.task.batch_shapes(size)
     grid = self.grids[0]
-    update = functools.partial(self.update, grid=grid)
-    jax.eval_shape(update, self.state_shapes, batch)
+    # With the shardings of the training, which then need not trace it again.
+    placed = parallel.placed(
+      (self.state_shapes, batch),
+      (self.state_shardings, parallel.batch_sharding(self.mesh)),
+    )
+    self.update_step.trace(*placed, grid)
     batch["_mask"] = jax.ShapeDtypeStruct((size,), jnp.float32)
     evaluate = functools.partial(self.evaluate, grid=grid)
     jax.eval_shape(evaluate, self.state_shapes.params, batch)

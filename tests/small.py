@@ -20,7 +20,7 @@ def config(**fields):
   c.unlock()
   c.input.data = dict(module="data.digits", split="train[:100]")
   c.input.batch_size = 12
-  c.model = dict(variant="mu/8", depth=2, grid=(2, 2), dropout=0.1)
+  c.model = dict(variant="mu/8", depth=1, grid=(2, 2), dropout=0.1)
   c.grids = [(2, 2), (1, 3)]
   c.total_steps = 12
   c.ckpt_steps = 4

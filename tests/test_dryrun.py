@@ -75,17 +75,17 @@ def whole(depth, accum=1, **fields):
 fsdp = dict(mesh=[("fsdp", 8)], sharding="fsdp")
 views = dict(evals__test__views=3, evals__test__batch_size=16)
 print(json.dumps(dict(
-  replicated=look("train", model__depth=3),
-  fsdp=look("train", model__depth=3, **fsdp),
-  evaluation=look("evaluation", model__depth=3),
-  views=look("evaluation", model__depth=3, **views),
+  replicated=look("train", model__depth=2),
+  fsdp=look("train", model__depth=2, **fsdp),
+  evaluation=look("evaluation", model__depth=2),
+  views=look("evaluation", model__depth=2, **views),
   counted_evaluation=steps.count(config(), devices, "evaluation", (2, 2)),
   counted_views=steps.count(config(**views), devices, "evaluation", (2, 2)),
-  counted=steps.count(config(model__depth=3), devices, "train", (2, 2)),
+  counted=steps.count(config(model__depth=2), devices, "train", (2, 2)),
   accumulated=steps.count(
     config(model__depth=2, grad_accum_steps=2), devices, "train", (2, 2)
   ),
-  whole=whole(3),
+  whole=whole(2),
   unrolled=whole(2, 2),
 )))
 """

@@ -340,6 +340,22 @@ def test_mixture_of_data_sets(tmp_path):
     train.train_and_evaluate(config, str(tmp_path / "other"))
 
 
+def test_what_was_checked_is_not_traced_again(monkeypatch, tmp_path):
+  """The update of the check by shapes is the one that is compiled."""
+  traced = []
+  update = train_step.Program.update
+
+  def counted(self, state, batch, grid):
+    traced.append(grid)
+    return update(self, state, batch, grid)
+
+  monkeypatch.setattr(train_step.Program, "update", counted)
+  config = small.config(total_steps=2, evals={})
+  config.grids = [(1, 3)]
+  train.train_and_evaluate(config, str(tmp_path))
+  assert traced == [(1, 3)]
+
+
 def test_gradient_accumulation_is_the_whole_batch():
   """Summed over micro-batches: the same update, to rounding."""
   batch = {

@@ -225,11 +225,7 @@ def lower(
 ) -> Any:
   """The `train` or `evaluation` step for a grid, by shapes."""
   batch = batch_shapes(program, kind, one_view)
-  state = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    program.state_shapes,
-    program.state_shardings,
-  )
+  state = parallel.placed(program.state_shapes, program.state_shardings)
   if kind == "train":
     return program.update_step.lower(state, batch, grid)
   return program.evaluation_step.lower(state.params, batch, grid)
@@ -429,10 +425,6 @@ def _count_update(program):
   def update(state, grads):
     return program.apply_gradients(state, grads, {"loss": np.float32(0)})
 
-  state = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    program.state_shapes,
-    program.state_shardings,
-  )
+  state = parallel.placed(program.state_shapes, program.state_shardings)
   lowered = jax.jit(update).lower(state, state.params)
   return _xla_count(_compile(lowered, program))

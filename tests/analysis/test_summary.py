@@ -52,7 +52,7 @@ def test_results_by_evaluator_and_grid(program):
     cost = costs[config_utils.parse_grid(grid)]
     return dict(
       model="lookup_vit",
-      variant="mu/8 (depth 2)",
+      variant="mu/8 (depth 1)",
       grid=grid,
       trained_grids=["2x2", "1x3"],
       split=split,
