@@ -72,10 +72,15 @@ def product(
   """All places, and the models that are compared at each; ViTs come first.
 
   Raises:
-    ValueError: an unknown kind, a batch of none, or nothing to compare.
+    ValueError: an unknown kind, a batch of none, or a list of none.
   """
+  given = dict(kinds=kinds, sizes=image_sizes, batch_sizes=batches)
+  given |= dict(dtypes=dtypes, grids=grids, mhbc=mhbc, attention=attention)
+  for name, values in given.items():
+    if not values:
+      raise ValueError(f"--{name}: want at least one.")
   for batch in batches:
-    timing.check_numbers(batch=batch)
+    timing.check_numbers(batch_sizes=batch)
   for kind in kinds:
     if kind not in KINDS:
       raise ValueError(f"kind {kind!r}: want one of {', '.join(KINDS)}.")
@@ -84,8 +89,6 @@ def product(
   ]
   ways = [Way(None, impl) for impl in attention]
   ways += [Way(tuple(grid), impl) for grid in grids for impl in mhbc]
-  if not places or not attention:
-    raise ValueError("Want at least one of each, and a ViT to compare with.")
   return places, ways
 
 
@@ -144,10 +147,12 @@ def from_flags() -> dict[str, Any]:
   if FLAGS.depth is not None:
     fields["depth"] = FLAGS.depth
   return dict(
-    image_sizes=[(*frames, side, side) for side in _numbers("sizes")],
+    image_sizes=[
+      (*frames, side, side) for side in _numbers("sizes", "224,384")
+    ],
     grids=grids,
     kinds=FLAGS.kinds,
-    batches=_numbers("batch_sizes"),
+    batches=_numbers("batch_sizes", "8,64"),
     dtypes=FLAGS.dtypes,
     mhbc=FLAGS.mhbc,
     attention=FLAGS.attention,
@@ -155,11 +160,11 @@ def from_flags() -> dict[str, Any]:
   )
 
 
-def _numbers(flag):
+def _numbers(flag, example):
   texts = FLAGS[flag].value
   try:
     return [int(text) for text in texts]
   except ValueError:
     raise ValueError(
-      f"--{flag}={','.join(texts)}: want numbers such as 224,384."
+      f"--{flag}={','.join(texts)}: want numbers such as {example}."
     ) from None

@@ -9,11 +9,15 @@ combination a chip's step is compiled as `lookup_vit/dryrun.py` does, with
 `--batch_sizes` examples for each chip. Compared with ViT at the same sizes are
 
     FLOPs        as executed, by XLA's count; a kernel's as it states them
-    bytes        from and to the chip's memory, by XLA's count; a kernel's are
+    bytes        read and written, by XLA's count with the compiler at low
+                 effort, where each array is in the main memory; a kernel's are
                  its arguments and results, each once
+    full effort  the same at the effort of a run, which copies arrays to a fast
+                 memory and back: XLA counts copies, and what is read there
+    main memory  of these what is of the chip's main memory
     temporaries  of the compiled step
     roofline     the longest of FLOPs, bytes and what is sent to other chips,
-                 over the chip's peaks: no step is faster
+                 over the chip's peaks
     compiling    tracing too: how long it takes here, at the effort of a run
 
 TPUs want libtpu (`pip install '.[tpu]'`). `--output` keeps a table (Markdown)
@@ -40,7 +44,16 @@ FLAGS = flags.FLAGS
 _LOG = logging.getLogger("lookup_vit")
 
 _STEPS = {"inference": "evaluation", "train": "train"}
-_COLUMNS = ("flops", "bytes", "temporaries", "seconds", "compilation")
+# Values by name: their unit, and whether they are of an image.
+_COLUMNS = {
+  "flops": (1e9, True),
+  "bytes": (1e6, True),
+  "full_bytes": (1e6, True),
+  "main_bytes": (1e6, True),
+  "temporaries": (2**20, False),
+  "seconds": (1e-3, False),
+  "compilation": (1, False),
+}
 
 
 def benchmark(
@@ -72,14 +85,18 @@ def benchmark(
 
   Returns:
     Plain values by name. `rows` has one for each combination: what it is of,
-    and for a chip `flops`, `bytes`, `temporaries`, `seconds` of the roofline,
-    None where the chip's peaks are not known, and `compilation` in seconds; and
-    of each of these `of_vit`, by the least of the ViTs at the same place.
+    and for a chip `flops`, `bytes`, at full effort `full_bytes` and of these
+    `main_bytes`, `temporaries`, `seconds` of the roofline, None where the
+    chip's peaks are not known, and `compilation` in seconds; and of each of
+    these `of_vit`, by the least of the ViTs at the same place.
 
   Raises:
-    ValueError: as of `throughput.benchmark`, or there is no such topology, or
-      a step wants more memory than a chip has.
+    ValueError: as of `throughput.benchmark`, there is no such topology, a step
+      wants more memory than a chip has, or attention in chunks: a loop, of
+      which XLA would count one turn.
   """
+  if "chunked" in attention:
+    raise ValueError("--attention=chunked: want others, chunks are for CPUs.")
   places, ways = cases.product(
     *(kinds, image_sizes, batches, dtypes), grids, mhbc, attention
   )
@@ -101,13 +118,17 @@ def benchmark(
         f"{place}; {way}: wants {dryrun.size_text(step.memory.total)} of "
         f"{dryrun.size_text(chip.memory)}. Set a smaller --batch_sizes."
       )
-    step.cost = steps.count(config, devices, _STEPS[place.kind], way.grid)
+    kind = _STEPS[place.kind]
+    step.cost = steps.count(config, devices, kind, way.grid)
+    full = steps.count(config, devices, kind, way.grid, quick=False)
     best = dryrun.roofline(step, chip, config)
     rows[place, way] = {
       **dataclasses.asdict(place),
       **way.names(),
       "flops": step.cost["flops"],
       "bytes": step.cost["bytes accessed"],
+      "full_bytes": full["bytes accessed"],
+      "main_bytes": full["main memory"],
       "temporaries": step.memory.parts["temporaries"],
       "seconds": best and best.seconds,
       "bound": best and best.bound,
@@ -137,21 +158,18 @@ def table(result: Mapping[str, Any]) -> str:
     "brackets the ratio to ViT.",
     "",
     "| kind | image | a chip | dtype | model | GFLOP an image | MB an image "
-    "| temporaries, MiB | roofline, ms | compiling, s | bound |",
-    "|" + "---|" * 11,
+    "| at full effort | of main memory | temporaries, MiB | roofline, ms "
+    "| compiling, s | bound |",
+    "|" + "---|" * 13,
   ]
-  units = dict(flops=1e9, bytes=1e6, temporaries=2**20, seconds=1e-3)
-  units["compilation"] = 1
   for row in result["rows"]:
     cells = [row["kind"], cases.size_text(row["image_size"])]
     cells += [str(row["batch"]), row["dtype"], row["model"]]
-    for name, unit in units.items():
+    for name, (unit, of_image) in _COLUMNS.items():
       if row[name] is None:
         cells.append("-")
         continue
-      value = row[name] / unit
-      if name in ("flops", "bytes"):
-        value /= row["batch"]
+      value = row[name] / unit / (row["batch"] if of_image else 1)
       cells.append(f"{value:.4g} ({row['of_vit'][name]:.2f})")
     lines.append(f"| {' | '.join([*cells, row['bound'] or '-'])} |")
   return "\n".join(lines)
@@ -160,6 +178,7 @@ def table(result: Mapping[str, Any]) -> str:
 def main(argv):
   """Compiles by the flags and prints the table."""
   del argv
+  timing.check_output(FLAGS.output)
   kind, shape = chips.parse(FLAGS.topology)
   chips.use_cpu(shape[0] if kind == "cpu" else 1)
   # What comes out of a cache says nothing of its memory.

@@ -231,6 +231,7 @@ def plot(result: Mapping[str, Any], path: str) -> None:
 def main(argv):
   """Measures by the flags and prints the table."""
   del argv
+  timing.check_output(FLAGS.output)
   try:
     sizes = [int(size) for size in FLAGS.sizes]
   except ValueError:

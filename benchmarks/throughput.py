@@ -15,11 +15,12 @@ of one round.
               the same sizes, kind and dtype
     FLOPs     of a forward pass with MHBC as the paper has it; and as executed.
               A training step counts as three of them
-    of peak   executed FLOPs a second, over those of a product of two large
-              matrices of the same dtype, measured in the same rounds
+    of peak   executed FLOPs a second of a device, over those of a product of
+              two large matrices of the same dtype, measured on the first
+              device in the same rounds
     memory    of a program: arguments, results and temporaries
     first     seconds from nothing compiled to the end of the first step, and
-              how much of them was compilation
+              how much of them was compilation; no compiled programs are kept
 
 A training step is that of `configs/in1k_vit_b.py` or `in1k_lookup_b.py`
 (`train_step.py`) without mixup: gradients, clipping and Adam. `--output` keeps
@@ -44,7 +45,7 @@ from etils import epath
 
 from benchmarks import cases, timing
 from benchmarks.cases import Place, Way
-from lookup_vit import cli, train_step
+from lookup_vit import cli, parallel, train_step
 from lookup_vit.analysis import flops
 from lookup_vit.models import tokens
 
@@ -100,12 +101,13 @@ class _Models:
     key = place.image_size, place.batch
     if key not in self._batches:
       shapes = program.task.batch_shapes(place.batch)
-      self._batches[key] = {
+      batch = {
         name: jax.random.uniform(jax.random.key(0), x.shape, x.dtype, -1)
         if name == "image"
         else jnp.zeros(x.shape, x.dtype)
         for name, x in shapes.items()
       }
+      self._batches[key] = parallel.put_batch(batch, program.mesh)
     return self._batches[key]
 
 
@@ -193,7 +195,7 @@ def benchmark(
   for (place, way), row in rows.items():
     mine = seconds[place, way]
     of_vit = [seconds[place, other] for other in ways if other.grid is None]
-    executed = 1e9 * row["executed_gflops"] * place.batch
+    executed = 1e9 * row["executed_gflops"] * place.batch / jax.device_count()
     row["seconds"] = mine
     row["speedups"] = timing.ratios(min(of_vit, key=statistics.median), mine)
     row["of_peak"] = [
@@ -309,6 +311,8 @@ def plot(result: Mapping[str, Any], path: str) -> None:
 def main(argv):
   """Measures by the flags and prints the table."""
   del argv
+  timing.check_output(FLAGS.output)
+  jax.config.update("jax_enable_compilation_cache", False)
   result = benchmark(FLAGS.variant, rounds=FLAGS.rounds, **cases.from_flags())
   print(table(result))
   if FLAGS.output:

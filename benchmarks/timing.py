@@ -70,6 +70,19 @@ def short(number: float) -> str:
   return f"{number:.3g}" if number < 100 else f"{number:.0f}"
 
 
+def check_output(folder: str | None) -> None:
+  """Makes the directory of `--output`.
+
+  Raises:
+    ValueError: there cannot be one.
+  """
+  if folder:
+    try:
+      epath.Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+      raise ValueError(f"--output={folder}: {e.strerror or e}.") from e
+
+
 def write(
   result: Mapping[str, Any],
   folder: str,
@@ -78,8 +91,8 @@ def write(
   plot: Callable[[Mapping[str, Any], Any], None] | None = None,
 ) -> None:
   """Writes `NAME.json`, its table `NAME.md`, and if any the plot `NAME.png`."""
+  check_output(folder)
   path = epath.Path(folder).expanduser()
-  path.mkdir(parents=True, exist_ok=True)
   (path / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
   (path / f"{name}.md").write_text(table(result) + "\n")
   if plot is not None:

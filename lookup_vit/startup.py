@@ -32,7 +32,9 @@ def keep_programs() -> str | None:
   folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
   if folder is None:
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = os.path.join(os.path.expanduser(caches), "lookup_vit", "jax")
+    folder = os.path.join(caches, "lookup_vit", "jax")
+  if folder and "://" not in folder:
+    folder = os.path.expanduser(folder)
     try:
       os.makedirs(folder, exist_ok=True)
     except OSError as e:

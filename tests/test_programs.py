@@ -183,7 +183,7 @@ import lookup_vit
 from lookup_vit import checkpoints, config_utils, optim, parallel, train_step
 from lookup_vit import dryrun
 from lookup_vit.analysis import attention_maps, flops, steps, summary
-from benchmarks import resolution
+from benchmarks import pod, resolution, throughput
 from lookup_vit.models import lookup_vit, vit
 images = jax.numpy.ones((2, 32, 32, 3))
 for model in (

@@ -53,10 +53,20 @@ def test_no_programs_are_kept(monkeypatch, lines):
   assert jax.config.jax_compilation_cache_dir is None and not lines
 
 
-def test_a_directory_that_cannot_be(monkeypatch, tmp_path, lines):
+def test_a_user_s_directory(monkeypatch, tmp_path, lines):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "~/programs")
+  assert startup.keep_programs() == str(tmp_path / "programs")
+  assert (tmp_path / "programs").is_dir()
+
+
+@pytest.mark.parametrize(
+  "variable", ["JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"]
+)
+def test_a_directory_that_cannot_be(variable, monkeypatch, tmp_path, lines):
   (tmp_path / "file").touch()
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  monkeypatch.setenv(variable, str(tmp_path / "file"))
   assert startup.keep_programs() is None
   assert len(lines) == 1
   assert re.fullmatch("Compiled programs are not kept: .*file.*", lines[0])

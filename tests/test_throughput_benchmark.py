@@ -161,10 +161,12 @@ def test_clips():
 @pytest.mark.parametrize(
   ("fields", "words"),
   [
-    (dict(batches=[0]), "batch=0: want at least 1"),
+    (dict(batches=[0]), "batch_sizes=0: want at least 1"),
     (dict(rounds=0), "rounds=0: want at least 1"),
-    (dict(image_sizes=[]), "at least one of each"),
-    (dict(attention=[]), "a ViT to compare with"),
+    (dict(image_sizes=[]), "--sizes: want at least one"),
+    (dict(attention=[]), "--attention: want at least one"),
+    (dict(grids=[]), "--grids: want at least one"),
+    (dict(mhbc=[]), "--mhbc: want at least one"),
     (dict(kinds=["test"]), "kind 'test': want one of inference, train"),
     (dict(image_sizes=[(20, 24)]), "does not divide the input .20, 24."),
     (dict(grids=[(4, 1)]), "grid .4, 1. does not fit"),
@@ -195,3 +197,14 @@ def test_a_product_has_its_flops():
   multiply, count = timing.matmul("float32")
   size = multiply().shape[0]
   assert multiply().shape == (size, size) and count == 2 * size**3
+
+
+def test_output_that_cannot_be(tmp_path):
+  file = tmp_path / "file"
+  file.touch()
+  for folder in (file, file / "below"):
+    with pytest.raises(ValueError, match=f"--output={folder}: "):
+      timing.check_output(str(folder))
+  timing.check_output(str(tmp_path / "a" / "b"))
+  assert (tmp_path / "a" / "b").is_dir()
+  timing.check_output(None)

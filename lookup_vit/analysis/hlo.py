@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _OPCODE = re.compile(r"(?<=[\]})]) ([a-z][\w-]*)\(")
 _KINDS = (
   "all-reduce",
@@ -15,6 +16,8 @@ _KINDS = (
   "all-to-all",
   "collective-permute",
 )
+# What moves nothing.
+_FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +185,51 @@ def collectives(text: str) -> dict[str, Collectives]:
       total.bytes += count * size
       total.sent += count * sent
   return found
+
+
+def main_memory_bytes(text: str) -> float:
+  """What a program's entry reads from and writes to a chip's main memory.
+
+  Operands and results of each instruction; arrays that the compiler placed in a
+  fast memory (`S(1)` in their layouts) are left out, and of what is copied
+  between both memories the one in the main one counts. Loops are not entered.
+  """
+  found, entry = computations(text)
+  of_name = {i.name: i for i in found[entry]}
+  total = 0.0
+  for instruction in found[entry]:
+    if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+      continue
+    if instruction.opcode.endswith("-start"):
+      # What goes where, operands among them; the sizes of what moves are alike,
+      # or that of a slice is less than that of what it is of.
+      arrays = [x for x in _ARRAY.finditer(instruction.shape) if x[2]]
+      if arrays:
+        moved = min(shape_bytes(x[0]) for x in arrays)
+        total += moved * (1 if any(_is_fast(x) for x in arrays) else 2)
+      continue
+    for shape in (instruction.shape, *_operands(instruction, of_name)):
+      total += sum(
+        shape_bytes(x[0]) for x in _ARRAY.finditer(shape) if not _is_fast(x)
+      )
+  return total
+
+
+def _is_fast(array):
+  return re.search(r"S\([1-9]", array[3] or "") is not None
+
+
+def _operands(instruction, of_name):
+  """Shapes of the operands, each as often as it is one."""
+  start = instruction.text.index(f" {instruction.opcode}(")
+  start += len(instruction.opcode) + 2
+  depth = 1
+  for end in range(start, len(instruction.text)):
+    depth += {"(": 1, ")": -1}.get(instruction.text[end], 0)
+    if not depth:
+      break
+  names = re.findall(r"%?([\w.\-]+)", instruction.text[start:end])
+  return [of_name[name].shape for name in names if name in of_name]
 
 
 def temporaries(

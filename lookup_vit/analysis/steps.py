@@ -351,12 +351,26 @@ def _effort(value):
 
 
 def count(
-  config: Any, devices: Sequence[Any], kind: str, grid: Any
+  config: Any,
+  devices: Sequence[Any],
+  kind: str,
+  grid: Any,
+  quick: bool = True,
 ) -> dict[str, float]:
   """FLOPs and bytes of a chip in a step, by XLA's count of small depths.
 
+  Args:
+    config: of `prepare`.
+    devices: to compile for.
+    kind: "train" or "evaluation".
+    grid: of the compressed tokens, or None.
+    quick: whether the compiler takes less trouble than it does for a run. At
+      full effort it copies more to and from a chip's fast memory, which are
+      bytes too.
+
   Returns:
-    `flops` and `bytes accessed`.
+    `flops`; `bytes accessed`, whatever memory they are in; and of these those
+    of `main memory`, by the compiled text (`hlo.main_memory_bytes`).
   """
   config = copy.deepcopy(config)
   accum = config.grad_accum_steps if kind == "train" else 1
@@ -385,15 +399,15 @@ def count(
     if hasattr(model, "attention"):
       small.model.attention = "direct"
     direct = make_program(small, devices)
-    found = _xla_count(
-      _compile(lower(direct, kind, grid, one_view=True), direct)
-    )
-    if "tpu_custom_call" in lowered.as_text():
-      with_kernels = _xla_count(_compile(lowered, program))
-      found["bytes accessed"] = with_kernels["bytes accessed"]
+    without = lower(direct, kind, grid, one_view=True)
+    found = _xla_count(_compile(without, direct))
+    text = lowered.as_text()
+    if "tpu_custom_call" in text and text != without.as_text():
+      flops = found["flops"]
+      found = _xla_count(_compile(lowered, program)) | {"flops": flops}
     return found
 
-  with _effort(_LITTLE):
+  with _effort(_LITTLE if quick else 0.0):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
       one, two = pool.map(of_depth, _DEPTHS)
     update = _count_update(make_program(config, devices)) if accum > 1 else {}
@@ -416,7 +430,8 @@ def _compile(lowered, program, **options):
 
 def _xla_count(compiled):
   analysis = compiled.cost_analysis()
-  return {k: float(analysis[k]) for k in ("flops", "bytes accessed")}
+  found = {k: float(analysis[k]) for k in ("flops", "bytes accessed")}
+  return found | {"main memory": hlo.main_memory_bytes(compiled.as_text())}
 
 
 def _count_update(program):

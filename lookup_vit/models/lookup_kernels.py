@@ -208,6 +208,7 @@ def _forward(spec, image, p, wide, wide_value, place):
 
 
 def contextualise(spec, image, p, out, wide, wide_value):
+  """The update and the MLP by chunks; `wide` and `wide_value` `[h m, D]`."""
   _widen(image["query"], p["key"], wide)
   _widen(image["value"], p["out"], wide_value)
 
@@ -222,6 +223,7 @@ def contextualise(spec, image, p, out, wide, wide_value):
 def contextualise_backward(
   spec, image, p, d, wide, wide_value, d_wide, d_wide_value
 ):
+  """Gradients; scratch `[h m, D]`, the last two in float32."""
   dtype, keep = wide.dtype, image["keep"]
   _zero_first(*(d[name] for name in CONTEXTUALISE))
   _widen(image["query"], p["key"], wide)

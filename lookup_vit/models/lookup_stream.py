@@ -277,14 +277,17 @@ def serves(
   """Whether the program is for TPUs whose fast memory holds all of a kernel.
 
   The devices are those of the mesh in use; JAX's default ones where there is
-  none.
+  none. Where the gradient's kernel does not fit, there is none of inference
+  either: a model does not know what it is called for.
 
   Args:
-    lookup: lookup tokens.
+    lookup: lookup tokens, in float32 or bfloat16.
     m: number of compressed tokens.
     heads: of MHBC.
     hidden: units of the MLP of the lookup tokens.
   """
+  if lookup.dtype not in (jnp.float32, jnp.bfloat16):
+    return False  # TPUs have no other.
   if not pltpu.is_tpu_device() or _split_by_head():
     return False
   _, n, width = lookup.shape

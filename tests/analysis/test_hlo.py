@@ -157,3 +157,35 @@ def test_refusals():
   assert hlo.required_memory("RESOURCE_EXHAUSTED: too much")[0] == math.inf
   with pytest.raises(ValueError, match="compiler failed: INTERNAL: no"):
     hlo.required_memory("INTERNAL: no\nstack")
+
+
+MEMORIES = """HloModule step
+
+%fused (p: bf16[8,16]) -> bf16[8,16] {
+  %p = bf16[8,16]{1,0} parameter(0)
+  ROOT %n = bf16[8,16]{1,0} negate(%p)
+}
+
+ENTRY %main (a: bf16[8,16], w: f32[64,16]) -> (bf16[8,16]) {
+  %a = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = f32[64,16]{1,0:T(8,128)} parameter(1)
+  %s = ((f32[64,16]{1,0:T(8,128)}), f32[4,16]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:4], [0:16]}
+  %d = f32[4,16]{1,0:T(8,128)S(1)} slice-done(%s)
+  %f = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} fusion(%a), kind=kLoop, calls=%fused
+  %g = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} fusion(%f, %d), kind=kLoop, calls=%fused
+  %k = (bf16[8,16]{1,0:T(8,128)(2,1)}, f32[1,16]{1,0:T(1,128)S(1)}) custom-call(%g, %a, %a), custom_call_target="tpu_custom_call"
+  %e = bf16[8,16]{1,0:T(8,128)(2,1)} get-tuple-element(%k), index=0
+  %c = (bf16[8,16]{1,0:T(8,128)(2,1)S(1)}, bf16[8,16]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%e)
+  %r = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} copy-done(%c)
+  %x = bf16[8,16]{1,0:T(8,128)(2,1)} negate(%r)
+  ROOT %t = (bf16[8,16]{1,0:T(8,128)(2,1)}) tuple(%x)
+}
+"""  # noqa: E501
+
+
+def test_bytes_of_the_main_memory():
+  array, part = 8 * 16 * 2, 4 * 16 * 4
+  # The slice; %a by %f; by %k twice and the first result; what the copy reads;
+  # what %x writes.
+  want = part + array + 3 * array + array + array
+  assert hlo.main_memory_bytes(MEMORIES) == want

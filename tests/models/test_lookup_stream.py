@@ -393,15 +393,16 @@ try:
 except ValueError as e:
   found["no libtpu"] = str(e)
 else:
-  def serves_on(axes, strategy, n, m, heads, hidden, width):
+  def serves_on(axes, strategy, n, m, heads, hidden, width, dtype="bfloat16"):
     mesh = parallel.make_mesh(axes, devices)
-    lookup = jax.ShapeDtypeStruct((8, n, width), jnp.bfloat16)
+    lookup = jax.ShapeDtypeStruct((8, n, width), dtype)
     with parallel.Compiled(None, mesh, strategy)._active():
       return lookup_stream.serves(lookup, m, heads, hidden)
 
   data = [("data", 4)]
   found["serves"] = dict(
     base=serves_on(data, "replicated", 196, 25, 12, 384, 768),
+    half=serves_on(data, "replicated", 196, 25, 12, 384, 768, "float16"),
     long=serves_on(data, "replicated", 3136, 25, 12, 384, 768),
     longer=serves_on(data, "replicated", 30_000, 25, 12, 384, 768),
     wide=serves_on(data, "replicated", 196, 25, 64, 2048, 4096),
@@ -459,7 +460,12 @@ def test_which_programs_have_kernels(found):
   if "no libtpu" in found:
     pytest.skip(found["no libtpu"])
   assert found["serves"] == dict(
-    base=True, long=True, longer=False, wide=False, tensor=False
+    base=True,
+    half=False,
+    long=True,
+    longer=False,
+    wide=False,
+    tensor=False,
   )
 
 
