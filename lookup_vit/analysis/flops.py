@@ -2,8 +2,9 @@ r"""Parameters and FLOPs of a config's model at every grid.
 
 Counted by XLA's cost analysis of one forward pass, and by formula; for MHBC as
 the paper has it (`models/mhbc.py`, "direct"), which is the model's cost in
-tables of results, and as the model computes it ("executed"). GFLOPs are
-multiply-adds times 2e-9; papers on ViT often call half of that "GFLOPs".
+tables of results, and as the model computes it ("executed"; kernels of TPUs
+have more, for padded rows). GFLOPs are multiply-adds times 2e-9; papers on ViT
+often call half of that "GFLOPs".
 
     python -m lookup_vit.analysis.flops --config=configs/in1k_lookup_b.py \
         --grid=3x3,5x5,7x7,10x10

@@ -20,7 +20,7 @@ flash attention.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -152,6 +152,29 @@ def _weights(query, key):
   return query.shape[1] * key.shape[1]
 
 
+def partition(
+  names: Sequence[str | None], shape: Sequence[int]
+) -> PartitionSpec | None:
+  """How the devices of the mesh in use split an array.
+
+  Args:
+    names: of its dimensions, as of `layers.constrain`.
+    shape: what the devices do not divide is not split.
+
+  Returns:
+    None where there are no several devices, or each is by itself already.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    return None
+  fits = []
+  for axes, size in zip(nn.logical_to_mesh_axes(names), shape, strict=True):
+    split = (axes,) if isinstance(axes, str) else axes or ()
+    parts = math.prod(mesh.shape[name] for name in split)
+    fits.append(None if size % parts else axes)
+  return PartitionSpec(*fits)
+
+
 def _per_device(function: _Attention) -> _Attention:
   """Under a mesh, runs a function on each device's examples and heads.
 
@@ -159,17 +182,9 @@ def _per_device(function: _Attention) -> _Attention:
   """
 
   def run(query, key, value):
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    spec = partition(("batch", None, "heads", None), query.shape)
+    if spec is None:
       return function(query, key, value)
-    # As `layers.constrain` lays them out; what does not divide is not split.
-    spec = nn.logical_to_mesh_axes(("batch", None, "heads", None))
-    fits = []
-    for axes, size in zip(spec, query.shape, strict=True):
-      names = (axes,) if isinstance(axes, str) else axes or ()
-      parts = math.prod(mesh.shape[name] for name in names)
-      fits.append(None if size % parts else axes)
-    spec = PartitionSpec(*fits)
     # JAX's kernels do not say over which axes their results vary.
     mapped = jax.shard_map(
       function, in_specs=(spec,) * 3, out_specs=spec, check_vma=False

@@ -34,7 +34,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from lookup_vit.models import lookup_kernels
+from lookup_vit.models import attention, lookup_kernels
 from lookup_vit.models.lookup_kernels import Spec
 
 Params = Mapping[str, Array]
@@ -309,14 +309,12 @@ def _fast_memory():
 
 def _split_by_head():
   mesh = jax.sharding.get_abstract_mesh()
-  axes = [*_axes("heads"), *_axes("mlp")]
-  return any(mesh.shape.get(axis, 1) > 1 for axis in axes)
-
-
-def _axes(name):
-  """Axes of the mesh that split a logical dimension."""
-  (axes,) = nn.logical_to_mesh_axes((name,))
-  return (axes,) if isinstance(axes, str) else axes or ()
+  for name in ("heads", "mlp"):
+    (axes,) = nn.logical_to_mesh_axes((name,))
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    if any(mesh.shape.get(axis, 1) > 1 for axis in axes):
+      return True
+  return False
 
 
 def per_device(function: Callable, *args: Any, params: Params) -> Any:
@@ -324,12 +322,9 @@ def per_device(function: Callable, *args: Any, params: Params) -> Any:
 
   The compiler splits no kernel. The gradients of parameters are added up.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+  spec = attention.partition(("batch",), args[0].shape[:1])
+  if spec is None:
     return function(*args, params)
-  axes = _axes("batch")
-  fits = len(args[0]) % math.prod(mesh.shape[axis] for axis in axes) == 0
-  spec = PartitionSpec(axes if fits else None)
   mapped = jax.shard_map(
     function,
     in_specs=(*[spec] * len(args), PartitionSpec()),
