@@ -31,7 +31,7 @@ def test_steps_of_a_machine_without_peaks(tmp_path):
     for model in ("ViT, auto", "LookupViT 1x2, auto")
   ]
   for vit, lookup in (rows[:2], rows[2:]):
-    for name in ("flops", "bytes", "temporaries"):
+    for name in ("flops", "bytes", "full_bytes", "main_bytes", "temporaries"):
       assert vit["of_vit"][name] == 1
       assert lookup["of_vit"][name] == lookup[name] / vit[name]
     assert lookup["seconds"] is None and lookup["of_vit"]["seconds"] is None
@@ -68,12 +68,52 @@ def test_the_program_for_tpus(tmp_path):
     assert row["bound"] == ("FLOPs", "HBM")[parts.index(max(parts))]
 
 
+# Bytes an image of B/16 at 224 pixels, with the compiler at low effort.
+BYTES = """
+import json
+import jax
+from benchmarks import cases
+from lookup_vit.analysis import chips, steps
+
+chips.use_cpu(1)
+jax.config.update("jax_enable_compilation_cache", False)
+devices = chips.devices("v5e:2x2")
+fields = dict(remat_policy="none", scan=False)
+found = {}
+for kind, step, batch in (("train", "train", 64), ("inference", "evaluation", 128)):
+  place = cases.Place(kind, (224, 224), batch * len(devices), "bfloat16")
+  found[kind] = {}
+  for grid, impl in ((None, "fused"), ((3, 3), "auto"), ((5, 5), "auto")):
+    way = cases.Way(grid, impl)
+    config = steps.prepare(cases.config(place, way, "B/16", fields), None)
+    config.evals = {}
+    count = steps.count(config, devices, step, grid)
+    found[kind][str(grid)] = count["bytes accessed"]
+print(json.dumps(found))
+"""  # noqa: E501
+
+
+def test_lookup_tokens_are_seldom_in_memory():
+  """Of ViT's traffic on a v5e, with attention in a kernel there too."""
+  if importlib.util.find_spec("libtpu") is None:  # Not on every platform.
+    pytest.skip("no libtpu here")
+  program = programs.Program("-c", BYTES)
+  out, err = program.communicate(timeout=900)
+  assert program.returncode == 0, err
+  for kind, found in json.loads(out).items():
+    of_vit = found["None"]
+    most = {"train": (0.4, 0.6), "inference": (0.3, 0.5)}[kind]
+    for grid, limit in zip(("(3, 3)", "(5, 5)"), most, strict=True):
+      assert found[grid] <= limit * of_vit, (kind, grid)
+
+
 def test_what_does_not_work_is_said_first(monkeypatch):
   monkeypatch.delattr(benchmark.steps, "measure")
   for fields, words in (
     (dict(topology="v5e"), "--topology=v5e: want CHIP:SIZE"),
     (dict(grids=[(4, 1)]), "grid .4, 1. does not fit"),
     (dict(kinds=["test"]), "kind 'test'"),
+    (dict(attention=["auto", "chunked"]), "--attention=chunked"),
   ):
     with pytest.raises(ValueError, match=words):
       benchmark.benchmark(**(SMALL | fields))
