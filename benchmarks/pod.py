@@ -10,7 +10,7 @@ combination a chip's step is compiled as `lookup_vit/dryrun.py` does, with
 
     FLOPs        as executed, by XLA's count; a kernel's as it states them
     bytes        read and written, by XLA's count with the compiler at low
-                 effort, where each array is in the main memory; a kernel's are
+                 effort, which keeps few arrays in a fast memory; a kernel's are
                  its arguments and results, each once
     full effort  the same at the effort of a run, which copies arrays to a fast
                  memory and back: XLA counts copies, and what is read there
