@@ -11,6 +11,7 @@ from benchmarks import cases, timing
 from benchmarks import throughput as benchmark
 from lookup_vit.analysis import flops
 from lookup_vit.models import lookup_vit, vit
+from tests import programs
 
 pytestmark = pytest.mark.full
 
@@ -180,6 +181,47 @@ def test_what_does_not_work_is_said_first(fields, words, monkeypatch):
   monkeypatch.delattr(benchmark._Models, "compile")
   with pytest.raises(ValueError, match=words):
     benchmark.benchmark(**(SMALL | dict(rounds=1) | fields))
+
+
+# A batch is split over all devices, and the peak is of one.
+SEVERAL = """
+import json
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+from benchmarks import throughput as benchmark
+
+batches = []
+put = benchmark.parallel.put_batch
+
+def kept(*args):
+  batches.append(put(*args))
+  return batches[-1]
+
+benchmark.parallel.put_batch = kept
+result = benchmark.benchmark(
+  "mu/8", [(16, 16)], [(1, 2)], batches=[8], rounds=2, depth=1
+)
+result["shards"] = [
+  [shard.data.shape[0] for shard in batch["image"].addressable_shards]
+  for batch in batches
+]
+print(json.dumps(result))
+"""
+
+
+def test_several_devices():
+  program = programs.Program("-c", SEVERAL)
+  out, err = program.communicate(timeout=300)
+  assert program.returncode == 0, err
+  result = json.loads(out)
+  assert result["devices"] == 4
+  assert result["shards"] and all(s == [2] * 4 for s in result["shards"])
+  for row in result["rows"]:
+    executed = 1e9 * row["executed_gflops"] * 8
+    for share, seconds, peak in zip(
+      row["of_peak"], row["seconds"], result["peaks"]["float32"], strict=True
+    ):
+      assert share == pytest.approx(executed / seconds / (4 * peak))
 
 
 # Timing itself.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
-_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+# Dtype, sizes and layout.
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _OPCODE = re.compile(r"(?<=[\]})]) ([a-z][\w-]*)\(")
 _KINDS = (
@@ -55,7 +55,7 @@ class Collectives:
 def shape_bytes(shape: str) -> float:
   """Bytes of `"f32[2,3]{1,0}"` or a tuple of such, without padding."""
   total = 0
-  for dtype, sizes in _SHAPE.findall(shape):
+  for dtype, sizes, _ in _ARRAY.findall(shape):
     bits = _BITS.get(dtype)
     if bits is None:  # f32, s8, f8e4m3fn
       bits = int(re.match(r"[a-z]+(\d+)", dtype)[1])

@@ -216,8 +216,7 @@ def batch_shapes(
     batch["image"] = jax.ShapeDtypeStruct(shape, np.float32)
   if kind == "evaluation":
     batch["_mask"] = jax.ShapeDtypeStruct((size,), np.float32)
-  sharding = parallel.batch_sharding(program.mesh)
-  return {name: x.update(sharding=sharding) for name, x in batch.items()}
+  return parallel.placed(batch, parallel.batch_sharding(program.mesh))
 
 
 def lower(
