@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from lookup_vit import config_utils
+from lookup_vit import config_utils, parallel
 from lookup_vit.models import inflation, layers, tokens
 
 log = logging.getLogger("lookup_vit")
@@ -102,10 +102,6 @@ def _parts(state):
   return parts
 
 
-def _target(x, sharding):
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
 class Checkpoints:
   """Saves and restores the train states of one work directory.
 
@@ -169,7 +165,7 @@ class Checkpoints:
     Raises:
       DamagedCheckpointError: it cannot be read, or not as it was written.
     """
-    targets = jax.tree.map(_target, _parts(like), _parts(shardings))
+    targets = parallel.placed(_parts(like), _parts(shardings))
     parts = self._read(step, targets)
     count = jax.jit(lambda: jnp.int32(step), out_shardings=shardings.step)()
     return like.replace(step=count, **parts)
@@ -191,9 +187,7 @@ class Checkpoints:
     name = "ema" if has_ema else "params"
     try:
       tree = self._manager.item_metadata(step)[name].tree
-      if isinstance(sharding, jax.sharding.Sharding):
-        sharding = jax.tree.map(lambda x: sharding, tree)
-      targets = jax.tree.map(_target, tree, sharding)
+      targets = parallel.placed(tree, sharding)
     except (MemoryError, PermissionError):
       raise
     except Exception as e:  # Orbax raises many kinds.
