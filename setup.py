@@ -24,6 +24,7 @@ setup(
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
     "pillow",  # The embedded digits.
+    "safetensors",
     "scikit-learn",  # The embedded digits.
     "scipy",
     "tensorboard",  # clu.metric_writers needs it.

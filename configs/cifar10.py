@@ -13,7 +13,8 @@ r"""CIFAR-10, or other images of 32 x 32 pixels, in folders of classes.
 Arguments: `model=vit` for the baseline; `width`, `depth` and `heads`; `stem`,
 "patch", "conv" or "deep_conv"; `epochs`, `batch`, `seed`; `augreg`, one of
 AugReg's presets beside shifts and flips, for trainings of 100 epochs and more;
-`train` and `val` name the splits; `runlocal` for a run of seconds.
+`init=WORKDIR` starts from another run, of LookupViT or ViT; `train` and `val`
+name the splits; `runlocal` for a run of seconds.
 
 The default is a model that a CPU trains in hours: small batches are fastest
 there, as what they take fits into the cache. Both models have a stem of
@@ -41,6 +42,7 @@ def get_config(arg=None):
     epochs=17.0,
     batch=32,
     augreg="none",
+    init="",
     seed=0,
     runlocal=False,
   )
@@ -48,6 +50,7 @@ def get_config(arg=None):
   given = dict(variant="Ti/4", res=32)
   for name in ("folder", "train", "val", "model", "epochs", "batch", "seed"):
     given[name] = arg[name]
+  given["init"] = arg.init
   if arg.runlocal:
     given["folder"] = "none"
   config = image_folder.get_config(

@@ -7,21 +7,14 @@ its name only when it is whole.
 """
 
 import json
-import logging
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from flax import traverse_util
 
 from lookup_vit import config_utils, parallel
-from lookup_vit.models import inflation, layers, tokens
-
-log = logging.getLogger("lookup_vit")
 
 _CONFIG = config_utils.CONFIG_FILE
 _FOLDER = "checkpoints"
@@ -274,115 +267,3 @@ def load_params(workdir: str, step: int | None = None, sharding: Any = None):
     return checkpoints.restore_params(step, sharding), step, config
   finally:
     checkpoints.close()
-
-
-def _split_spec(spec):
-  """`WORKDIR` or `WORKDIR:STEP` as work directory and step, or None."""
-  match = re.fullmatch(r"(.+?)(?::(\d+))?", spec)
-  return match[1], match[2] and int(match[2])
-
-
-def read_config(spec: str) -> Any:
-  """The resolved config of `config.model_init`.
-
-  Raises:
-    ValueError: no such work directory.
-  """
-  return config_utils.read_workdir(_split_spec(spec)[0])
-
-
-def init_from(
-  spec: str,
-  params: Any,
-  depth_scan: bool,
-  sharding: Any = None,
-  inflate: str = "central",
-  scale: float = 1.0,
-) -> Any:
-  """Parameters that start from another run's checkpoint (`config.model_init`).
-
-  Blocks are converted between the layouts of scan and loop; positions, and
-  learned compressed tokens, are resized (linearly) where the grids differ;
-  heads keep their fresh values where the shapes differ. For a video model,
-  those of an image model are inflated (`models/inflation.py`). The encoder of a
-  captioner or a probe starts from a checkpoint of the encoder alone, or of
-  another model with an encoder. What was not loaded is logged.
-
-  Args:
-    spec: `WORKDIR` or `WORKDIR:STEP`.
-    params: freshly initialised parameters.
-    depth_scan: whether the model scans over its blocks.
-    sharding: to read the checkpoint with; of the first device by default.
-    inflate: `config.model_init_inflation`.
-    scale: of `inflation.contextualisation_scale`, for the model.
-
-  Raises:
-    ValueError: no such checkpoint, or parameters that do not fit: names and
-      shapes are listed.
-  """
-  workdir, step = _split_spec(spec)
-  try:
-    source, step, _ = load_params(workdir, step, sharding)
-  except ValueError as e:
-    raise type(e)(f"config.model_init={spec!r}: {e}") from None
-  whole, part = params, None
-  if "encoder" in params and set(source) != set(params):
-    part, params = "encoder", params["encoder"]
-    source = source.get("encoder", source)
-  convert = layers.stack_blocks if depth_scan else layers.unstack_blocks
-  source = traverse_util.flatten_dict(
-    convert(jax.tree.map(np.asarray, source)), sep="/"
-  )
-  target = traverse_util.flatten_dict(params, sep="/")
-  try:
-    fitted, new = inflation.inflate(source, target, inflate, scale)
-  except ValueError as e:
-    raise ValueError(f"config.model_init={spec!r}: {e}") from None
-  inflated, source = fitted is not source, fitted
-  wrong, fresh, resized = [], [], []
-  result = {}
-  for name, value in target.items():
-    got = source.pop(name, None)
-    if got is not None and got.shape == value.shape:
-      result[name] = got.astype(value.dtype)
-    elif name.startswith("head") or name in new:
-      result[name] = value
-      fresh.append(name if name.startswith("head") else name.split("/")[0])
-    elif (
-      name.split("/")[-1] in tokens.GRIDS
-      and got is not None
-      and (got.ndim, got.shape[-1]) == (value.ndim, value.shape[-1])
-    ):
-      result[name] = jax.image.resize(got, value.shape, "linear")
-      resized.append(f"{name} {got.shape} to {value.shape}")
-    else:
-      found = "is missing" if got is None else f"is {got.shape}"
-      wrong.append(f"{name} {found}, want {value.shape}")
-  left = [n for n in source if not n.startswith("head")]
-  wrong += [f"{n} {source[n].shape} has no place in the model" for n in left]
-  if wrong:
-    raise ValueError(
-      f"config.model_init={spec!r} does not fit the model: "
-      + "; ".join(wrong[:20])
-      + (f"; and {len(wrong) - 20} more." if len(wrong) > 20 else ".")
-    )
-  log.info("Started from %s, step %d.", workdir, step)
-  if inflated:
-    log.info(
-      "  Inflated from images to videos: patch kernel %s, contextualisation "
-      "kernels times %g.",
-      inflate,
-      scale,
-    )
-  for what, names in (
-    ("Resized", resized),
-    ("Not loaded, freshly initialised", fresh),
-    ("Not loaded, not in this model", list(source)),
-  ):
-    if names:
-      log.info("  %s: %s", what, ", ".join(dict.fromkeys(names)))
-  result = traverse_util.unflatten_dict(result, sep="/")
-  if part is None:
-    return result
-  log.info("  That is the %s; the rest is freshly initialised.", part)
-  return {**whole, part: result}

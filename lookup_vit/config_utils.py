@@ -30,9 +30,14 @@ DEFAULTS = dict(
   model_name=None,
   model={},
   num_classes=None,
-  model_init=None,  # work directory to start from, or WORKDIR:STEP
+  # To start from: WORKDIR, WORKDIR:STEP, or a file of a published ViT.
+  model_init=None,
   # Of a video model from an image model: "central" or "average".
   model_init_inflation="central",
+  # Of a LookupViT from a ViT: see models/warm_start.py.
+  model_init_mapping=dict(
+    gathering="half", contextualisation="mean", small_mlp="fit"
+  ),
   grids=None,  # compressed grids to train on; None: the model's own
   # Task: a module of lookup_vit/tasks.
   task="classification",
@@ -102,6 +107,11 @@ def _optional(wanted):
   return (lambda x: x is None or fits(x)), f"{want}, or None"
 
 
+def _one_of(*values):
+  *most, last = map(repr, values)
+  return (lambda x: x in values), f"{', '.join(most)} or {last}"
+
+
 _GRID_OF_INTS = _list_of(lambda n: _is_int(n) and n >= 1)
 _TEXT = (lambda x: isinstance(x, str) and x != ""), "text"
 _COUNT = (lambda x: _is_int(x) and x >= 1), "an integer >= 1"
@@ -117,10 +127,12 @@ _WANTED = {
   "model_name": _TEXT,
   "num_classes": _optional(_COUNT),
   "model_init": _optional(_TEXT),
-  "model_init_inflation": (
-    (lambda x: x in ("central", "average")),
-    "'central' or 'average'",
+  "model_init_inflation": _one_of("central", "average"),
+  "model_init_mapping.gathering": _one_of(
+    "half", "whole", "gathering", "refinement"
   ),
+  "model_init_mapping.contextualisation": _one_of("mean", "sum", "none"),
+  "model_init_mapping.small_mlp": _one_of("fit", "slice", "none"),
   "grids": _optional(
     (
       (lambda x: _list_of(_GRID_OF_INTS)(x) and x),

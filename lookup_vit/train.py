@@ -30,13 +30,14 @@ from lookup_vit import (
   input_pipeline,
   input_wait,
   metric_writer,
+  model_init,
   parallel,
   startup,
   tokenizer,
   train_step,
 )
 from lookup_vit.analysis import summary
-from lookup_vit.models import captioner, inflation, probe
+from lookup_vit.models import captioner, probe
 from lookup_vit.preprocess import text_ops
 
 FLAGS = flags.FLAGS
@@ -252,15 +253,18 @@ def restore_or_init(
       )
     return state
   model = getattr(program.model, "encoder", program.model)
-  if getattr(program.model, "frozen", False):
+  # What published weights are of is known to people alone.
+  is_run = not model_init.is_file(config.model_init)
+  if getattr(program.model, "frozen", False) and is_run:
     check_encoder(config.model_init, model)
-  params = checkpoints.init_from(
+  params = model_init.init_from(
     config.model_init,
     parallel.gather(state.params, program.mesh),
-    model.scan,
-    parallel.replicated(program.mesh),
-    config.model_init_inflation,
-    inflation.contextualisation_scale(model, config.input.image_size),
+    model,
+    config.input.image_size,
+    sharding=parallel.replicated(program.mesh),
+    inflate=config.model_init_inflation,
+    mapping=config.model_init_mapping.to_dict(),
   )
   return program.init_state(params)
 
@@ -297,7 +301,7 @@ def check_encoder(spec: str, encoder: Any) -> None:
       from; they are listed. Or there is no such run.
   """
   with config_utils.at_fault(f"config.model_init={spec!r}"):
-    trained = train_step.build_model(checkpoints.read_config(spec))
+    trained = train_step.build_model(model_init.read_config(spec))
     trained = getattr(trained, "encoder", trained)
     wrong = captioner.differences(encoder, trained)
     if wrong:

@@ -14,6 +14,7 @@ from lookup_vit import (
   config_utils,
   evaluate,
   metric_writer,
+  model_init,
   tokenizer,
   train,
   train_step,
@@ -214,16 +215,20 @@ def test_captions_that_are_too_long(run):
 
 
 def test_an_encoder_that_does_not_fit(run):
-  _, _, state, encoder, _ = run
+  config, _, state, encoder, _ = run
   params = jax.device_get(state.params)
+  model = train_step.build_model(config_utils.resolve(config)).encoder
+  config = config_utils.resolve(config)
+  config.num_classes = SIZE
+  rest = train_step.build_model(config).encoder, config.input.image_size
   wide = params["encoder"] | dict(pos_embedding=np.zeros((8, 8, 32)))
   match = r"config.model_init=.*does not fit.*pos_embedding .*want \(8, 8, 32\)"
   with pytest.raises(ValueError, match=match) as e:
-    checkpoints.init_from(encoder, params | dict(encoder=wide), False)
+    model_init.init_from(encoder, params | dict(encoder=wide), *rest)
   assert repr(encoder) in str(e.value)
   del wide["norm_compressed"]
   with pytest.raises(ValueError, match="norm_compressed.* has no place"):
-    checkpoints.init_from(encoder, params | dict(encoder=wide), False)
+    model_init.init_from(encoder, params | dict(encoder=wide), *rest)
 
 
 def test_a_frozen_encoder_that_computes_something_else(run, tmp_path):
