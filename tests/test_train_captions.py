@@ -217,7 +217,6 @@ def test_captions_that_are_too_long(run):
 def test_an_encoder_that_does_not_fit(run):
   config, _, state, encoder, _ = run
   params = jax.device_get(state.params)
-  model = train_step.build_model(config_utils.resolve(config)).encoder
   config = config_utils.resolve(config)
   config.num_classes = SIZE
   rest = train_step.build_model(config).encoder, config.input.image_size
