@@ -5,14 +5,16 @@ A string names ops and their arguments, separated by bars:
   decode|inception_crop(224)|flip_lr|value_range(-1, 1)|keep("image", "label")
 
 An op is a factory, `op(*args) -> fn(data, seed) -> data`, registered under
-its name. `data` is one example, a dictionary of tensors, which `fn` does not
-change in place; `seed` is an int32 tensor of shape [2], the op's only source
-of randomness.
+its name. One that a module of your own registers is named with the module,
+`my_package.my_ops.sharpen(2)`. `data` is one example, a dictionary of tensors,
+which `fn` does not change in place; `seed` is an int32 tensor of shape [2], the
+op's only source of randomness.
 """
 
 import ast
 import difflib
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 
@@ -165,19 +167,44 @@ def _segments(pp):
 def _make_op(segment: str) -> PreprocessFn:
   """Makes the function that one segment, such as `resize(224)`, describes."""
   name, args, kwargs = _parse_call(segment)
-  if name not in _OPS:
-    close = difflib.get_close_matches(name, _OPS, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(
-      f"there is no op {name!r}.{hint} The ops are: {', '.join(sorted(_OPS))}"
-    )
-  factory = _OPS[name]
+  factory = _find(name)
   signature = inspect.signature(factory)
   try:
     signature.bind(*args, **kwargs)
   except TypeError as e:
     raise ValueError(f"{e}; the op is {name}{signature}") from e
   return factory(*args, **kwargs)
+
+
+def _find(name: str) -> Callable[..., PreprocessFn]:
+  """The factory of an op; `MODULE.OP` is one that a module registers."""
+  module, _, op = name.rpartition(".")
+  if module:
+    try:
+      importlib.import_module(module)
+    except ModuleNotFoundError as e:
+      # What the module itself fails to import is not about its name.
+      if not f"{module}.".startswith(f"{e.name}."):
+        raise
+      raise ValueError(
+        f"Python finds no module {module!r}, to have an op {op!r}. It looks in "
+        "the directory of the start, in those of PYTHONPATH, and among what is "
+        "installed"
+      ) from e
+  there = {
+    op: factory
+    for op, factory in _OPS.items()
+    if not module or factory.__module__ == module
+  }
+  if op not in there:
+    close = difflib.get_close_matches(op, there, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    where = f"{module} registers" if module else "The ops are:"
+    raise ValueError(
+      f"there is no op {name!r}.{hint} {where} "
+      f"{', '.join(sorted(there)) or 'none'}"
+    )
+  return there[op]
 
 
 def _parse_call(segment: str) -> tuple[str, list, dict]:
@@ -190,17 +217,25 @@ def _parse_call(segment: str) -> tuple[str, list, dict]:
     node = ast.parse(segment, mode="eval").body
   except SyntaxError as e:
     raise malformed from e
-  if isinstance(node, ast.Name):
-    return node.id, [], {}
-  if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+  call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+  op = _dotted(call.func)
+  if not op:
     raise malformed
-  names = [keyword.arg for keyword in node.keywords]
+  names = [keyword.arg for keyword in call.keywords]
   # A name of None is a `**mapping`.
   if None in names or len(set(names)) < len(names):
     raise malformed
   try:
-    args = [ast.literal_eval(arg) for arg in node.args]
-    kwargs = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+    args = [ast.literal_eval(arg) for arg in call.args]
+    kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
   except (TypeError, ValueError) as e:
     raise malformed from e
-  return node.func.id, args, kwargs
+  return op, args, kwargs
+
+
+def _dotted(node: ast.expr) -> str | None:
+  """`a.b.c` as text; None for all else than names and dots."""
+  if isinstance(node, ast.Attribute):
+    before = _dotted(node.value)
+    return before and f"{before}.{node.attr}"
+  return node.id if isinstance(node, ast.Name) else None

@@ -73,7 +73,10 @@ def test_the_given_data_is_not_changed():
     ("resize(*[224])", ["literal arguments"]),
     ("resize(**{'size': 224})", ["literal arguments"]),
     ("resize(size=1, size=2)", ["literal arguments"]),
-    ("pp.resize(224)", ["literal arguments"]),
+    ("decode|no_such.resize(2)", ["op 2 of 2", "'no_such'", "PYTHONPATH"]),
+    ("os.path.exists('/')", ["no op 'os.path.exists'", "registers none"]),
+    ("resize(8).numpy()", ["literal arguments"]),
+    ("'a'.upper()", ["literal arguments"]),
     ("resize(224)(224)", ["literal arguments"]),
     ("keep({[]: 1})", ["literal arguments"]),
     ("flip_lr(", ["'flip_lr('"]),
@@ -97,6 +100,41 @@ def test_a_bad_string_fails_before_any_data(pp, words):
     get_preprocess_fn(pp)
   for word in [*words, repr(pp)]:
     assert word in str(e.value)
+
+
+_OWN_OPS = """
+from lookup_vit.preprocess import register
+
+@register("own_dim")
+def own_dim(by=2):
+  return lambda data, seed: {**data, "x": data["x"] // by}
+"""
+
+
+def test_ops_of_a_module_of_ones_own(scratch_ops, tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  package = tmp_path / "registry_of_ones_own"
+  package.mkdir()
+  (package / "ops.py").write_text(_OWN_OPS)
+  (package / "broken.py").write_text("import no_such_package")
+  name = "registry_of_ones_own.ops"
+  fn = get_preprocess_fn(f"{name}.own_dim|{name}.own_dim(by=5)")
+  assert fn({"x": tf.constant(70)}, SEED)["x"].numpy() == 7
+  pp = registry.insert_before(f"keep('x')|{name}.own_dim", "keep", "flatten")
+  assert pp == f"flatten|keep('x')|{name}.own_dim"
+  cases = [
+    (f"{name}.own_dims", ["'own_dim'", f"{name} registers own_dim"]),
+    (f"{name}.own_dim(to=5)", ["'to'", f"{name}.own_dim(by=2)"]),
+    # Of another module than it says.
+    (f"{name}.decode", [f"no op '{name}.decode'"]),
+  ]
+  for pp, words in cases:
+    with pytest.raises(ValueError, match="op 1 of 1") as e:
+      get_preprocess_fn(pp)
+    for word in words:
+      assert word in str(e.value)
+  with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+    get_preprocess_fn("registry_of_ones_own.broken.own_dim")
 
 
 def test_a_name_is_registered_once(scratch_ops):
