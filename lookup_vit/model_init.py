@@ -239,7 +239,7 @@ def _init_from(spec, params, model, image_size, sharding, inflate, mapping):
     if names:
       log.info("  %s: %s", what, ", ".join(dict.fromkeys(names)))
   result = traverse_util.unflatten_dict(fitted, sep="/")
-  if model.scan:
+  if getattr(model, "scan", False):  # Of a user's own model, unknown.
     result = layers.stack_blocks(result)
   if part is None:
     return result
@@ -258,13 +258,14 @@ def _below(params, name):
 def _check_fields(origin, model):
   """Whether a model can compute what its parameters are of."""
   heads = origin.fields.get("num_heads")
-  if heads is not None and heads != model.num_heads:
+  if heads is not None and heads != getattr(model, "num_heads", heads):
     raise ValueError(
       f"it has {heads} heads, the model has {model.num_heads}: set "
       f"config.model.num_heads={heads}."
     )
   for name in ("gelu", "norm_eps"):
-    want, got = origin.fields.get(name), getattr(model, name)
+    want = origin.fields.get(name)
+    got = getattr(model, name, want)
     if want is not None and want != got:
       log.warning(
         "%s was trained with %s=%r, the model has %r: for the same outputs set "
@@ -294,10 +295,10 @@ def _as_model(source, target, model, image_size, inflate, mapping):
     values = ", ".join(f"{k}={v}" for k, v in mapping._asdict().items())
     notes.append(f"A LookupViT from a ViT: {values}.")
   name = "embedding/kernel"
-  if name in source:
+  if name in source and getattr(model, "stem", None) == "patch":
     patch = model.patch_size[-(source[name].ndim - 2) :]
     old = source[name].shape[:-2]
-    if model.stem == "patch" and patch != old and len(patch) == len(old):
+    if patch != old and len(patch) == len(old):
       source = source | {name: warm_start.resample_patch(source[name], patch)}
       notes.append(f"Patches resampled from {old} to {patch}.")
   scale = inflation.contextualisation_scale(model, image_size)

@@ -35,22 +35,42 @@ class TrainState:
   ema: Any = None
 
 
+def module_of(package: str, name: Any) -> str:
+  """The full name of a module that a config names; see `import_part`."""
+  own = "." in str(name) and name[0] != "."
+  return name if own else f"lookup_vit.{package}.{name}"
+
+
 def import_part(package: str, name: str, attribute: str, field: str) -> Any:
-  """The `attribute` of `lookup_vit.<package>.<name>`.
+  """The `attribute` of a module that a config names.
+
+  Args:
+    package: of this library, "models", "tasks" or "evaluators".
+    name: of a module of the package; with a dot, "my_package.my_model", of any
+      module that Python finds, as it stands.
+    attribute: of the module.
+    field: the config field with the name, for messages.
 
   Raises:
-    ValueError: there is none; `field` is the config field at fault.
+    ValueError: there is no such module, or it has no such attribute.
   """
-  module = f"lookup_vit.{package}.{name}"
+  module = module_of(package, name)
   try:
     return getattr(importlib.import_module(module), attribute)
   except (ModuleNotFoundError, AttributeError) as e:
-    if e.name not in (module, attribute):
+    # What the module itself fails to import, or lacks, is not about its name.
+    if e.name != attribute and not f"{module}.".startswith(f"{e.name}."):
       raise
+  if module == name:
     raise ValueError(
-      f"{field}={name!r}: there is no {module.replace('.', '/')}.py with "
-      f"{attribute}."
-    ) from None
+      f"{field}={name!r}: Python finds no module {name} with {attribute}. It "
+      "looks in the directory of the start, in those of PYTHONPATH, and among "
+      "what is installed."
+    )
+  raise ValueError(
+    f"{field}={name!r}: there is no {module.replace('.', '/')}.py with "
+    f"{attribute}. A module of your own is named with a dot, my_package.{name}."
+  )
 
 
 def build_model(config: ml_collections.ConfigDict) -> Any:
@@ -151,6 +171,8 @@ class Program:
         models[""] = self.model
     sizes = {}
     for whose, model in models.items():
+      if not hasattr(model, "num_heads"):
+        continue  # A model of one's own, of which nothing is split.
       sizes[f"heads{whose}"] = model.num_heads
       hidden = round(model.width * model.mlp_ratio)
       sizes[f"hidden units of the MLP{whose}"] = hidden

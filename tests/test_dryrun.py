@@ -355,6 +355,7 @@ def test_as_many_batches_ahead_as_training():
 
 WRONG_EVALS = [
   (dict(type="nonsense"), "config.evals.test.type='nonsense'"),
+  (dict(type="no.such"), "config.evals.test.type='no.such'"),
   (dict(batch_size="abc"), "config.evals.test.batch_size='abc'"),
   (dict(views=0), "config.evals.test.views=0"),
 ]

@@ -21,9 +21,15 @@ import numpy as np
 from absl import flags
 
 from lookup_vit import cli, config_utils, train_step
-from lookup_vit.models import lookup_vit, mhbc, tokens
+from lookup_vit.models import factorised, lookup_vit, mhbc, tokens, vit
 
 FLAGS = flags.FLAGS
+
+# What the formula is of, and not what is made of them elsewhere.
+_BY_FORMULA = (
+  *(vit.ViT, factorised.FactorisedViT),
+  *(lookup_vit.LookupViT, factorised.FactorisedLookupViT),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,30 +37,32 @@ class Cost:
   """Parameters, and the cost of a forward pass over one image or clip.
 
   The FLOPs are those with MHBC as in the paper, and those that are executed.
+  Those by formula are None of a model that it is not of.
   """
 
   params: int
   xla_flops: float
-  formula_flops: float
+  formula_flops: float | None
   executed_xla_flops: float
-  executed_flops: float
+  executed_flops: float | None
 
 
 def cost(model: Any, image_size: Sequence[int], grid: Any = None) -> Cost:
   """Counts a model's parameters and FLOPs, by shapes alone.
 
   Args:
-    model: a ViT, a LookupViT, or a factorised encoder with either; of a
-      captioner, its image encoder counts.
+    model: a ViT, a LookupViT, or a factorised encoder with either, or a model
+      of your own; of a captioner, its image encoder counts.
     image_size: (rows, columns) or (time, rows, columns).
     grid: compressed grid; the model's own where none is given.
   """
   model = getattr(model, "encoder", model)
   # XLA sees the body of a loop once, and counts a change of dtype as work:
   # count without either.
-  model = model.clone(
+  plain = dict(
     scan=False, remat_policy="none", dtype="float32", attention="direct"
   )
+  model = model.clone(**{k: v for k, v in plain.items() if hasattr(model, k)})
   paper = model
   if hasattr(model, "grid"):
     paper = model.clone(mhbc_impl="direct")
@@ -67,11 +75,15 @@ def cost(model: Any, image_size: Sequence[int], grid: Any = None) -> Cost:
   executed = xla, macs
   if paper != model:
     _, *executed = _count(model, image_size, grid)
-  return Cost(params, xla, 2.0 * macs, executed[0], 2.0 * executed[1])
+  return Cost(params, xla, _twice(macs), executed[0], _twice(executed[1]))
+
+
+def _twice(macs):
+  return None if macs is None else 2.0 * macs
 
 
 def _count(model, image_size, grid):
-  """Parameters, FLOPs by XLA, and multiply-adds by formula."""
+  """Parameters, FLOPs by XLA, and multiply-adds by formula, if it has one."""
   images = jax.ShapeDtypeStruct((1, *image_size, 3), np.float32)
   fields = {} if grid is None else {"grid": tuple(grid)}
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -81,11 +93,10 @@ def _count(model, image_size, grid):
   forward = lambda v, x: model.apply(v, x, **fields)[0]  # noqa: E731
   analysis = jax.jit(forward).lower(variables, images).cost_analysis()
   params = sum(math.prod(x.shape) for x in jax.tree.leaves(variables))
-  return (
-    params,
-    float(analysis["flops"]),
-    multiply_adds(model, image_size, grid),
-  )
+  macs = None
+  if type(model) in _BY_FORMULA:
+    macs = multiply_adds(model, image_size, grid)
+  return params, float(analysis["flops"]), macs
 
 
 def multiply_adds(
@@ -195,7 +206,7 @@ def table(model: Any, image_size: Sequence[int], grids: Sequence[Any]) -> str:
     counts = [c.xla_flops, c.formula_flops]
     counts += [c.executed_xla_flops, c.executed_flops]
     cells = [name, f"{c.params / 1e6:.2f}"]
-    cells += [f"{count / 1e9:.3f}" for count in counts]
+    cells += ["-" if n is None else f"{n / 1e9:.3f}" for n in counts]
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 

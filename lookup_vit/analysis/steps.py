@@ -132,9 +132,13 @@ def prepare(config: Any, grids: Sequence[Any] | None) -> Any:
     config.num_classes = 1000
   for name, fields in config.evals.items():
     kind = fields.get("type")
-    module = f"lookup_vit.evaluators.{kind}"
-    named = isinstance(kind, str) and kind.isidentifier()
-    if not (named and importlib.util.find_spec(module)):
+    module = train_step.module_of("evaluators", kind)
+    try:
+      found = all(map(str.isidentifier, module.split(".")))
+      found = found and importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # Of the package that it would be in.
+      found = None
+    if not found:
       raise ValueError(f"config.evals.{name}.type={kind!r}: there is none.")
     for field in ("batch_size", "views"):
       value = fields.get(field)
@@ -383,18 +387,22 @@ def count(
   if "encoder" in config.model and hasattr(model, "depth"):
     # Its blocks are in a loop; those of the decoder, half as many, are not.
     config.model.depth = model.depth
-  depth = getattr(model, "encoder", model).depth
+  encoder = getattr(model, "encoder", model)
+  depth = encoder.depth
 
   def of_depth(n):
     small = copy.deepcopy(config)
     blocks = small.model.get("encoder", small.model)
-    blocks.scan, blocks.depth = False, n
+    blocks.depth = n
+    if hasattr(encoder, "scan"):
+      blocks.scan = False
     if "block" in small.model:
       small.model.block = None  # It may not be among the few.
     program = make_program(small, devices)
     # The views are a loop as well.
     lowered = lower(program, kind, grid, one_view=True)
-    blocks.attention = "direct"
+    if hasattr(encoder, "attention"):
+      blocks.attention = "direct"
     if hasattr(model, "attention"):
       small.model.attention = "direct"
     direct = make_program(small, devices)

@@ -2,6 +2,7 @@
 
 import math
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -357,3 +358,34 @@ def test_program_without_the_config(programs):
   code, _, err = programs["no_file"]
   assert code == 1
   assert err.startswith("error: No config file") and "none.py" in err
+
+
+class _Linear(nn.Module):
+  """No field of ViT's but `dtype`."""
+
+  dtype: str = "bfloat16"
+
+  @nn.compact
+  def __call__(self, images):
+    x = images.reshape(len(images), -1).astype(self.dtype)
+    return nn.Dense(7, dtype=self.dtype)(x), {}
+
+
+def test_a_model_without_formula():
+  cost = flops.cost(_Linear(), (4, 5))
+  assert cost.params == 61 * 7
+  assert cost.xla_flops == cost.executed_xla_flops
+  assert cost.xla_flops == pytest.approx(2 * 60 * 7, rel=0.02)
+  assert cost.formula_flops is None is cost.executed_flops
+  row = flops.table(_Linear(), (4, 5), [None]).splitlines()[-1]
+  assert row == "| - | 0.00 | 0.000 | - | 0.000 | - |"
+
+
+def test_what_is_made_of_a_vit_has_no_formula_of_its():
+  class Other(vit.ViT):
+    """May compute anything."""
+
+  fields = dict(num_classes=3, width=8, depth=1, num_heads=2, mlp_ratio=4.0)
+  fields |= dict(patch_size=(4, 4))
+  assert flops.cost(vit.ViT(**fields), (8, 8)).formula_flops > 0
+  assert flops.cost(Other(**fields), (8, 8)).formula_flops is None
