@@ -38,6 +38,7 @@ class Program:
     stdout: path of a file that its output is added to; None keeps it for
       `communicate`.
     stderr: likewise.
+    cwd: where it is started; as the tests if None.
   """
 
   def __init__(
@@ -46,6 +47,7 @@ class Program:
     env: Mapping[str, str] | None = None,
     stdout: str | os.PathLike | None = None,
     stderr: str | os.PathLike | None = None,
+    cwd: str | os.PathLike | None = None,
   ):
     self._folder = tempfile.TemporaryDirectory()
     self._paths = [
@@ -57,7 +59,7 @@ class Program:
     self._process = _FORKS.Process(
       target=_run,
       args=(list(map(str, args)), dict(os.environ if env is None else env)),
-      kwargs=dict(paths=self._paths),
+      kwargs=dict(paths=self._paths, cwd=os.fspath(cwd or os.getcwd())),
     )
     self._process.start()
     self.pid = self._process.pid
@@ -90,7 +92,7 @@ class Program:
     return out, err
 
 
-def _run(args, env, paths):
+def _run(args, env, paths, cwd):
   """In the fork: becomes `python ARGS`."""
   for number, path in enumerate(paths, 1):
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -98,6 +100,8 @@ def _run(args, env, paths):
   os.environ.clear()
   os.environ.update(env)
   signal.signal(signal.SIGINT, signal.default_int_handler)
+  os.chdir(cwd)
+  sys.path.insert(0, cwd)
   kind, what, *rest = args
   try:
     if kind == "-m":
