@@ -1,10 +1,12 @@
 """Running a program: flags, logs and errors as a person wants them."""
 
+import contextlib
 import glob
 import importlib.util
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +21,16 @@ PREEMPTED = 75
 _USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
+# Packages whose flags `--help` shows; the rest are of libraries.
+_OWN = ("lookup_vit", "benchmarks", "data")
+
+
 def run(main: Callable[[Any], Any], takes_command: bool = False) -> None:
-  """Runs a program's `main` under absl, with readable logs and errors.
+  """Runs a program's `main` under absl, with readable help, logs and errors.
 
   A ValueError, OSError or FloatingPointError is the user's to mend: its message
   alone is printed, and the exit code is 1. `--verbosity=1` shows the traceback.
+  `--help` prints the docstring of the program and its flags.
 
   Args:
     main: called with the arguments that are no flags.
@@ -63,7 +70,65 @@ def run(main: Callable[[Any], Any], takes_command: bool = False) -> None:
         text = text.splitlines()[-1].strip()
       _fail(text)
 
+  app.define_help_flags()
+  flags.DEFINE_flag(_Help())
   app.run(guarded, flags_parser=parse)
+
+
+class _Help(flags.BooleanFlag):
+  """`--help`, in place of absl's, whose exit code is 1."""
+
+  def __init__(self):
+    super().__init__(
+      "help", False, "Shows this.", short_name="h", allow_override=True
+    )
+
+  def parse(self, argument):
+    if self._parse(argument):
+      with contextlib.suppress(BrokenPipeError):  # As of `| head`.
+        print(help_text(), flush=True)
+      sys.exit(0)
+
+
+def help_text() -> str:
+  """What a program does, and its flags: its own, and those of its parts."""
+  main = sys.modules["__main__"]
+  by_module = flags.FLAGS.flags_by_module_dict()
+  parts = [(main.__doc__ or "").strip()]
+  own = flags.FLAGS.get_flags_for_module(sys.argv[0])
+  if own:
+    parts.append(_section("Flags:", own))
+  for name, found in by_module.items():
+    if name.partition(".")[0] in _OWN and name != __name__:
+      title = (sys.modules[name].__doc__ or name).strip().splitlines()[0]
+      parts.append(_section(title, found))
+  if any(flag.flag_type() == "config object" for flag in own):
+    parts.append(
+      "--config.FIELD=VALUE, behind --config, sets what the config sets to "
+      "another\nnumber or text."
+    )
+  parts.append(
+    "--verbosity=1 shows tracebacks, --helpfull all flags there are."
+  )
+  return "\n\n".join(parts)
+
+
+def _section(title, found):
+  lines = [title]
+  for flag in found:
+    name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+    text = " ".join((flag.help or "").split()).replace(".;", ";")
+    if any("other than None" in v.message for v in flag.validators):
+      text += " (required)"
+    elif flag.default is not None and flag.default not in (False, [], ""):
+      default = flag.default_as_str.strip("'")
+      text += f" (default {default})"
+    lines += textwrap.wrap(
+      *(f"{name:22}  {text}", 80),
+      **dict(initial_indent="  ", subsequent_indent=" " * 26),
+      **dict(break_on_hyphens=False, break_long_words=False),
+    )
+  return "\n".join(lines)
 
 
 def has_tpu() -> bool:

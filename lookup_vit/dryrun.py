@@ -345,12 +345,16 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARGS]")
-  flags.DEFINE_string("topology", None, "v5e:16x16, cpu:8, ...")
-  flags.DEFINE_list("grid", None, "As 3x3,5x5; the config's if not set.")
-  flags.DEFINE_float(
-    "memory_gib", None, "Of a chip, where less than all of it can be used."
+  config_flags.DEFINE_config_file(
+    "config", None, "What to plan: configs/NAME.py[:key=value,...]."
   )
-  flags.DEFINE_bool("all", False, "A table of all configs.")
+  flags.DEFINE_string("topology", None, "For what: v5e:16x16, cpu:8, ...")
+  flags.DEFINE_list(
+    "grid", None, "Compressed grids, as 3x3,5x5; the config's if not set."
+  )
+  flags.DEFINE_float(
+    "memory_gib", None, "Memory of a chip, where not all of it can be used."
+  )
+  flags.DEFINE_bool("all", False, "A table of all configs, instead of one.")
   parallel.define_flags()
   cli.run(main)

@@ -1,8 +1,8 @@
 r"""Evaluates a work directory's checkpoint, as in training or otherwise.
 
-python -m lookup_vit.evaluate --workdir=workdirs/digits_lookup
-python -m lookup_vit.evaluate --workdir=workdirs/digits_lookup \
-    --evals=test,linear_probe,few_shot,knn --grid=3x3,4x4
+    python -m lookup_vit.evaluate --workdir=workdirs/digits_lookup
+    python -m lookup_vit.evaluate --workdir=workdirs/digits_lookup \
+        --evals=test,linear_probe,few_shot,knn --grid=3x3,4x4
 
 `--evals` lists what to run: evaluators of the run's config by their names;
 types (files of `lookup_vit/evaluators`), on the data of the config's evaluator
@@ -209,7 +209,9 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "Of a training run.", required=True)
+  flags.DEFINE_string(
+    "workdir", None, "Directory of a training run.", required=True
+  )
   flags.DEFINE_multi_string(
     "evals",
     [],

@@ -1,6 +1,6 @@
 r"""Where the records of TFRecord files begin.
 
-python -m lookup_vit.record_index --config=configs/in1k_lookup_b.py
+    python -m lookup_vit.record_index --config=configs/in1k_lookup_b.py
 
 reads the data of a config once, those of its evaluators too, and writes
 `record_index-SPLIT.npz` beside their files. From a bucket, files are then

@@ -1,7 +1,8 @@
 r"""Runs a program as one or several processes here, and again after a failure.
 
-python -m lookup_vit.supervise --num_processes=2 --restarts=3 -- \
-    python -m lookup_vit.train --config=configs/digits_lookup.py --workdir=DIR
+    python -m lookup_vit.supervise --num_processes=2 --restarts=3 -- \
+        python -m lookup_vit.train --config=configs/digits_lookup.py \
+        --workdir=DIR
 
 The status is that of the program: 0, 1 for an error of the user's, 75 where it
 was told to stop and saved its state (`cli.PREEMPTED`). After another one, the

@@ -1,7 +1,15 @@
 r"""Trains a model by a config; running the same command again continues.
 
-python -m lookup_vit.train --config=configs/digits_lookup.py \
+    python -m lookup_vit.train --config=configs/digits_lookup.py \
         --workdir=workdirs/digits_lookup
+
+A config is Python, `configs/NAME.py`; its arguments stand behind a colon, as in
+`configs/in1k_lookup_b.py:variant=S/16`, and its docstring says which there are.
+The work directory gets checkpoints, metrics, results and pictures. SIGTERM
+saves and leaves, to be continued.
+
+Exit codes: 0 where training is done, 75 where it was told to stop and has saved
+its state, 1 for an error.
 """
 
 import collections
@@ -534,8 +542,12 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:ARGS]")
-  flags.DEFINE_string("workdir", None, "Where the run is written.")
+  config_flags.DEFINE_config_file(
+    "config", None, "What to train: configs/NAME.py[:key=value,...]."
+  )
+  flags.DEFINE_string(
+    "workdir", None, "Directory of the run, also gs://...; continued if there."
+  )
   flags.mark_flags_as_required(["config", "workdir"])
   distributed.define_flags()
   parallel.define_flags()

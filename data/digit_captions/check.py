@@ -1,6 +1,6 @@
 r"""The share of captions that are true: of a model's, by the rules alone.
 
-python -m data.digit_captions.check --results=workdirs/RUN/captions.json
+    python -m data.digit_captions.check --results=workdirs/RUN/captions.json
 
 The file is one of COCO's results: a JSON list of {"image_id": 36000,
 "caption": "a small three in the top left"}, one for each image of the split.

@@ -1,11 +1,13 @@
 """k-nearest neighbours on the digits' pixels: a floor for what a model learns.
 
-python -m data.digits.knn
+    python -m data.digits.knn
+
+It prints the top-1 on the test split, for 1, 3 and 5 neighbours.
 """
 
 from sklearn import neighbors
 
-from lookup_vit import quiet_tensorflow  # noqa: F401
+from lookup_vit import cli, quiet_tensorflow  # noqa: F401
 
 # isort: split
 import tensorflow_datasets as tfds
@@ -27,6 +29,12 @@ def accuracy(k: int = 3) -> float:
   return model.score(*arrays["test"])
 
 
-if __name__ == "__main__":
+def main(argv):
+  """Prints the accuracies."""
+  del argv
   for k in (1, 3, 5):
     print(f"k={k}: {accuracy(k):.2%}")
+
+
+if __name__ == "__main__":
+  cli.run(main)

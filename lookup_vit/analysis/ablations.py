@@ -1,6 +1,6 @@
 r"""Ablations in one table, and the stability of training in another.
 
-python -m lookup_vit.analysis.ablations --output=ablations.md \
+    python -m lookup_vit.analysis.ablations --output=ablations.md \
         --workdirs=workdirs/ablations/default_0,workdirs/ablations/reuse_none_0
 
 What a run is, its work directory's config says, and not its name. Runs that

@@ -1,8 +1,10 @@
 r"""Accuracy against compute, for one or several runs.
 
-python -m lookup_vit.analysis.accuracy_vs_flops \
+    python -m lookup_vit.analysis.accuracy_vs_flops \
         --workdirs=workdirs/digits_lookup,workdirs/digits_vit \
         --output=workdirs/accuracy_vs_flops.png
+
+It prints the table, and draws the picture, that each run has of its own.
 """
 
 import io

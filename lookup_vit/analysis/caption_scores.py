@@ -1,6 +1,6 @@
 r"""Scores of captions: BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
 
-python -m lookup_vit.analysis.caption_scores \
+    python -m lookup_vit.analysis.caption_scores \
         --results=captions_test.json --references=references_test.json
 
 Both files are as COCO has them, and as a captioner's evaluation leaves them in

@@ -1,6 +1,6 @@
 r"""One page on any runs: tables, figures, and what is missing.
 
-python -m lookup_vit.analysis.report --output=report.html \
+    python -m lookup_vit.analysis.report --output=report.html \
         --workdirs=workdirs/lookup_0,workdirs/lookup_1,workdirs/vit_0
 
 The page is self-contained: HTML, or Markdown where the output ends in `.md`.

@@ -1,6 +1,6 @@
 r"""Trains a SentencePiece model on the captions that a config trains on.
 
-python -m lookup_vit.preprocess.train_tokenizer \
+    python -m lookup_vit.preprocess.train_tokenizer \
         --config=configs/coco_caption_lookup_b.py \
         --vocab_size=8000 --output=workdirs/coco.model
 
