@@ -258,6 +258,7 @@ def table(result: Mapping[str, Any]) -> str:
 def main(argv):
   """Prints the table for a config's captioner."""
   del argv
+  cli.log_overrides()
   config = FLAGS.config
   if config.get("model_name") != "captioner":
     raise ValueError("--config: want that of a captioner.")

@@ -430,6 +430,7 @@ def benchmark(
 def main(argv):
   """Prints the table, for photographs or for a config's data."""
   del argv
+  cli.log_overrides()
   numbers = _check(
     FLAGS.examples, FLAGS.batch_size, FLAGS.rounds, FLAGS.threads
   )

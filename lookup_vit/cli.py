@@ -5,6 +5,7 @@ import glob
 import importlib.util
 import logging
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -12,6 +13,11 @@ from typing import Any
 
 import absl.logging
 from absl import app, flags
+from ml_collections.config_flags import config_path
+
+from lookup_vit import config_utils
+
+log = logging.getLogger("lookup_vit")
 
 # Status of a run that was told to stop, and saved its state before: EX_TEMPFAIL
 # of sysexits.h. The same command continues it.
@@ -47,11 +53,20 @@ def run(main: Callable[[Any], Any], takes_command: bool = False) -> None:
       text = str(e).strip()
       if "Traceback" in text:  # config_flags puts that of get_config into it.
         _fail(text.splitlines()[-1].strip().removeprefix("ValueError: "))
+      if field := re.search(r"of field (\S+) is not supported", text):
+        _fail(
+          f"--{field[1]}: only numbers, texts, booleans and tuples that a "
+          "config sets can be set to others."
+        )
       _fail(f"{text}\nTry --help.")
     except (AttributeError, KeyError) as e:
       if _debug():
         raise
       _fail(f"no such config field to override: {e.args[0]}")
+    except OSError as e:
+      if _debug():
+        raise
+      _fail(_text(e))
     if len(argv) > 1 and not takes_command:
       _fail(f"unexpected arguments {argv[1:]}; a flag is --NAME=VALUE.")
     return argv
@@ -64,11 +79,7 @@ def run(main: Callable[[Any], Any], takes_command: bool = False) -> None:
     except _USER_ERRORS as e:
       if _debug():
         raise
-      text = str(e).strip()
-      if "Configuration is not available" in text:
-        # config_flags says so, at length, where the file cannot be read.
-        text = text.splitlines()[-1].strip()
-      _fail(text)
+      _fail(_text(e))
 
   app.define_help_flags()
   flags.DEFINE_flag(_Help())
@@ -131,6 +142,24 @@ def _section(title, found):
   return "\n".join(lines)
 
 
+def log_overrides(name: str = "config") -> None:
+  """Logs what `--config.FIELD=VALUE` sets, and what the config had there.
+
+  Args:
+    name: of the flag, one of `DEFINE_config_file`.
+  """
+  flag = flags.FLAGS[name]
+  if flag.value is None or not flag.override_values:
+    return
+  before = config_utils.load(flag.config_filename)
+  for field, value in flag.override_values.items():
+    try:
+      old = repr(config_path.get_value(field, before))
+    except (AttributeError, IndexError, KeyError):
+      old = "not set"
+    log.info("%s.%s: %s, now %r", name, field, old, value)
+
+
 def has_tpu() -> bool:
   """Whether TPU chips, and the library for them, are on this machine."""
   # The library alone is not enough: dry runs have it on any machine.
@@ -153,13 +182,20 @@ def _debug():
   return absl.logging.get_verbosity() >= absl.logging.DEBUG
 
 
+def _text(error):
+  text = str(error).strip()
+  if "Configuration is not available" in text:
+    # config_flags says so, at length, where the file cannot be read.
+    text = text.splitlines()[-1].strip()
+  return text
+
+
 def _fail(message):
   sys.exit(f"error: {message}")
 
 
 def setup_logging(debug: bool = False) -> None:
   """Sends this package's log to stderr; of other packages, errors only."""
-  log = logging.getLogger("lookup_vit")
   log.setLevel(logging.DEBUG if debug else logging.INFO)
   log.propagate = False
   if not log.handlers:

@@ -308,6 +308,7 @@ def run_all() -> bool:
 def main(argv):
   """Plans by the flags."""
   del argv
+  cli.log_overrides()
   if FLAGS.all == (FLAGS.config is not None):
     raise ValueError("Set one of --config and --all.")
   if FLAGS.all:

@@ -536,6 +536,7 @@ def main(argv):
   """Trains by the flags."""
   del argv
   distributed.initialize_by_flags(stops=True)
+  cli.log_overrides()
   startup.keep_programs()
   parallel.lay_out_by_flags(FLAGS.config)
   train_and_evaluate(FLAGS.config, FLAGS.workdir)

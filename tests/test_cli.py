@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -18,6 +20,7 @@ flags.DEFINE_integer("number", 1, "")
 flags.DEFINE_string("error", "", "")
 
 def main(argv):
+  cli.log_overrides()
   if flags.FLAGS.error:
     raise dict(
       value=ValueError("config.x=3: want 4."),
@@ -37,7 +40,8 @@ import ml_collections
 from configs import common
 def get_config(arg=None):
   arg = common.parse_arg(arg, size=3)
-  return ml_collections.ConfigDict(dict(lr=0.1, size=arg.size))
+  more = dict(size=arg.size, none=None, pair=(1, 2), on=True)
+  return ml_collections.ConfigDict(dict(lr=0.1, more=more))
 """
 
 
@@ -51,14 +55,16 @@ def start(program, args):
   )
 
 
-def test_run_without_the_config_file(tmp_path):
+@pytest.mark.parametrize("more", [[], ["--config.lr=1"]])
+def test_run_without_the_config_file(tmp_path, more):
   program = tmp_path / "program.py"
   program.write_text(PROGRAM)
-  process = start(program, [f"--config={tmp_path}/none.py"])
+  process = start(program, [f"--config={tmp_path}/none.py", *more])
   _, err = process.communicate(timeout=60)
   assert process.returncode == 1
   assert err.startswith("error: ") and "Traceback" not in err, err
   assert f"{tmp_path}/none.py" in err
+  assert err.count("\n") == 1
 
 
 def test_run(tmp_path):
@@ -79,6 +85,11 @@ def test_run(tmp_path):
     (["--number=x"], 1, "error: flag --number=x"),
     ([f"--config={config}:sise=4"], 1, "error: Unknown config argument 'sise'"),
     ([f"--config={config}", "--config.lx=4"], 1, "error: "),
+    (
+      [f"--config={config}", "--config.more.none=4"],
+      1,
+      "error: --config.more.",
+    ),
   ]
   running = [start(program, args) for args, *_ in cases]
   outputs = [p.communicate(timeout=60) for p in running]
@@ -97,6 +108,26 @@ def test_run(tmp_path):
       assert err.startswith(text) and "Traceback" not in err, where
       assert len(err.strip().splitlines()) <= 3, where
   assert outputs[1][0] == "fine 1 [] 0.5\n"
+  # What is overridden is said, and what was there: here of the argument.
+  assert outputs[1][1].splitlines()[0].endswith(" config.lr: 0.1, now 0.5")
+  assert outputs[1][1].count("\n") == 1
   # Of what the user is to mend, a message of one line.
   assert len({o[1] for o in outputs[2:5]}) == 3
   assert all(o[1].count("\n") == 1 for o in outputs[2:5])
+
+
+def test_overrides_are_said(tmp_path):
+  program, config = tmp_path / "program.py", tmp_path / "c.py"
+  program.write_text(PROGRAM)
+  config.write_text(CONFIG)
+  own = [f"--config={config}:size=4", "--config.more.size=5"]
+  own += ["--noconfig.more.on", "--config.more.pair=(3,4)", "--config.lr=0.1"]
+  running = [start(program, args) for args in (own, own[:1], [])]
+  errors = [process.communicate(timeout=60)[1] for process in running]
+  assert [line.split(" ", 1)[1] for line in errors[0].splitlines()] == [
+    "config.more.size: 4, now 5",
+    "config.more.on: True, now False",
+    "config.more.pair: (1, 2), now (3, 4)",
+    "config.lr: 0.1, now 0.1",
+  ]
+  assert errors[1:] == ["", ""]
