@@ -1,10 +1,17 @@
 """Packaging of lookup_vit; configs/ and data/ are used from the repository."""
 
+import pathlib
+import re
+
 from setuptools import find_packages, setup
+
+# Read, not imported: what it imports is not installed yet.
+_INIT = pathlib.Path(__file__).with_name("lookup_vit") / "__init__.py"
+_VERSION = re.search(r'^__version__ = "(.+)"$', _INIT.read_text(), re.M)[1]
 
 setup(
   name="lookup_vit",
-  version="0.1.0",
+  version=_VERSION,
   description="LookupViT in JAX: vision transformers on few tokens.",
   license="Apache-2.0",
   python_requires=">=3.11",

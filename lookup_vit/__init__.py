@@ -2,5 +2,7 @@
 
 import time
 
+__version__ = "0.1.0"
+
 # When the program began, but for the interpreter's own start.
 START = time.monotonic()

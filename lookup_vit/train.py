@@ -35,6 +35,7 @@ from lookup_vit import (
   datasets,
   descriptions,
   distributed,
+  environment,
   input_pipeline,
   input_wait,
   metric_writer,
@@ -130,6 +131,7 @@ def train_and_evaluate(
   writer = None
   if jax.process_index() == 0:
     writer = metric_writer.MetricWriter(workdir, start)
+    environment.write(workdir, start)
   log.info(
     "%s: %s, %.2fM parameters, step %d to %d on %d %s device(s).",
     workdir,

@@ -47,6 +47,7 @@ def test_leaves_what_a_person_wants(run):
     "config.json",
     "checkpoints",
     "metrics.jsonl",
+    "environment.jsonl",
     "results.json",
     "accuracy_vs_flops.png",
     "attention_maps.png",
@@ -288,6 +289,8 @@ def test_a_run_cut_short_continues_to_the_same_bits(run, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again, state)
   steps = [r["step"] for r in metric_writer.read(other) if "train/loss" in r]
   assert steps == list(range(1, 13))
+  with open(os.path.join(other, "environment.jsonl")) as f:
+    assert [json.loads(line)["step"] for line in f] == [0, 8]
 
 
 @pytest.mark.parametrize(
