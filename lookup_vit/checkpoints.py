@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import orbax.checkpoint as ocp
 
 from lookup_vit import config_utils, parallel
@@ -249,7 +250,9 @@ def _find(workdir, checkpoints, step):
   return step
 
 
-def load_params(workdir: str, step: int | None = None, sharding: Any = None):
+def load_params(
+  workdir: str, step: int | None = None, sharding: Any = None
+) -> tuple[Any, int, ml_collections.ConfigDict]:
   """Parameters of a work directory's checkpoint (the newest: no step given).
 
   Returns:

@@ -407,7 +407,7 @@ def parse_grid(text: str) -> tuple[int, ...]:
   return grid
 
 
-def format_grid(grid) -> str:
+def format_grid(grid: Iterable[int]) -> str:
   """`(5, 5)` to `"5x5"`."""
   return "x".join(str(g) for g in grid)
 

@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -228,7 +228,9 @@ def num_examples(data: Mapping[str, Any]) -> int:
   return sum(len(positions) for _, positions in parts)
 
 
-def slices(builder, data) -> list[tuple[str, range]]:
+def slices(
+  builder: tfds.core.DatasetBuilder, data: Mapping[str, Any]
+) -> list[tuple[str, range]]:
   """Resolves `data.split` to names of splits and ranges of their examples.
 
   Raises:
@@ -251,7 +253,9 @@ def slices(builder, data) -> list[tuple[str, range]]:
   ]
 
 
-def files(builder, data) -> dict[str, list[tuple[str, int]]]:
+def files(
+  builder: tfds.core.DatasetBuilder, data: Mapping[str, Any]
+) -> dict[str, list[tuple[str, int]]]:
   """Lists the files of the splits that `data.split` is of.
 
   Returns:
@@ -294,7 +298,9 @@ def fingerprint(data: Mapping[str, Any]) -> str:
   return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
-def folder_examples(builder, data) -> list[tuple[str, int]]:
+def folder_examples(
+  builder: tfds.core.DatasetBuilder, data: Mapping[str, Any]
+) -> list[tuple[str, int]]:
   """Lists (path, label) of a folder's split, without its broken images."""
   # TFDS reads no parts of a folder's splits, but it has listed the files, in
   # an order that depends on the names alone.
@@ -343,7 +349,10 @@ def _warn_once(message):
   _LOG.warning("%s", message)
 
 
-def broken_error(data, broken, total):
+def broken_error(
+  data: Mapping[str, Any], broken: Sequence[str], total: int
+) -> ValueError:
+  """What is to be raised where images of a folder's split are broken."""
   # The files may have been repaired before the next call.
   damage.find_broken.cache_clear()
   advice = "Repair or delete them"

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -131,7 +131,7 @@ class Records:
     return self.shards.read(some, skip[some], (until - skip)[some])
 
 
-def open_records(data) -> Records:
+def open_records(data: Mapping[str, Any]) -> Records:
   """Finds the records of a split.
 
   Args:

@@ -448,7 +448,16 @@ class Progress:
     total_steps: length of the training.
   """
 
-  def __init__(self, program, writer, store, wait, clock, step, total_steps):
+  def __init__(
+    self,
+    program: train_step.Program,
+    writer: metric_writer.MetricWriter | None,
+    store: checkpoints.Checkpoints,
+    wait: input_wait.InputWait,
+    clock: startup.Clock,
+    step: int,
+    total_steps: int,
+  ):
     self.config = program.config
     self.writer = writer
     self.store = store

@@ -19,6 +19,7 @@ import optax
 from lookup_vit import optim, parallel
 
 Grid = tuple[int, ...]
+Batch = dict[str, jax.Array]
 
 
 @flax.struct.dataclass
@@ -264,7 +265,9 @@ class Program:
         "[-1, 1]: add value_range(-1,1)."
       )
 
-  def apply(self, params, batch, grid, **kwargs):
+  def apply(
+    self, params: Any, batch: Batch, grid: Grid | None, **kwargs: Any
+  ) -> tuple[jax.Array, dict[str, Any]]:
     """The model's `(logits, out)` for a batch."""
     if grid is not None:
       kwargs["grid"] = grid
@@ -316,7 +319,9 @@ class Program:
       scalars["attention_logit_max"] = jnp.max(each["attention_logit_max"])
     return grads, scalars
 
-  def update(self, state, batch, grid):
+  def update(
+    self, state: TrainState, batch: Batch, grid: Grid | None
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step, not compiled; see `update_step`."""
     rng = jax.random.fold_in(jax.random.key(self.config.seed), 1)
     rng = jax.random.fold_in(rng, state.step)
@@ -326,7 +331,9 @@ class Program:
     grads, scalars = self._gradients(state.params, batch, dropout_rng, grid)
     return self.apply_gradients(state, grads, scalars)
 
-  def apply_gradients(self, state, grads, scalars):
+  def apply_gradients(
+    self, state: TrainState, grads: Any, scalars: dict[str, jax.Array]
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The part of `update` behind the gradients; `scalars` has the loss."""
     updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -350,7 +357,7 @@ class Program:
     return TrainState(state.step + 1, params, opt_state, ema), scalars
 
   @functools.cached_property
-  def update_step(self):
+  def update_step(self) -> parallel.Compiled:
     """Compiled `(state, batch, grid) -> (state, scalars)`; donates the state.
 
     `batch` is as the task takes it, split over the devices. The scalars: loss
@@ -377,7 +384,13 @@ class Program:
     each = jax.lax.map(of_view, jnp.arange(images.shape[1]))
     return jax.tree.map(functools.partial(jnp.mean, axis=0), each)
 
-  def evaluate(self, params, batch, grid, classes=None):
+  def evaluate(
+    self,
+    params: Any,
+    batch: Batch,
+    grid: Grid | None,
+    classes: tuple[int, ...] | None = None,
+  ) -> dict[str, jax.Array]:
     """Sums of the task's metrics over a batch; see `evaluation_step`."""
     has_views = batch["image"].ndim > 2 + len(self.config.input.image_size)
     apply = self._apply_to_views if has_views else self.apply
@@ -390,7 +403,7 @@ class Program:
     return sums
 
   @functools.cached_property
-  def evaluation_step(self):
+  def evaluation_step(self) -> parallel.Compiled:
     """Compiled `(params, batch, grid, classes=None) -> sums`.
 
     Where the images of a batch are `[batch, views, *image_size, 3]`, the logits

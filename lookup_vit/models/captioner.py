@@ -26,7 +26,9 @@ from jaxtyping import Array, Float, Int
 
 from lookup_vit.models import attention, decoding, layers, tokens, variants
 
-Cache = dict[str, dict[str, Array]]
+# Keys and values, and those of all blocks: see `SelfAttention`.
+Past = tuple[Array, Array]
+Cache = dict[str, dict[str, Past]]
 
 
 class SelfAttention(nn.Module):
@@ -44,7 +46,12 @@ class SelfAttention(nn.Module):
   cfg: layers.LayerConfig
 
   @nn.compact
-  def __call__(self, x, past=None, index=None):
+  def __call__(
+    self,
+    x: Float[Array, "b t D"],
+    past: Past | None = None,
+    index: int | Int[Array, ""] | None = None,
+  ) -> tuple[Float[Array, "b t D"], Past, dict[str, Array]]:
     cfg = self.cfg
     width = x.shape[-1]
     q, k, v = (
@@ -91,7 +98,12 @@ class CrossAttention(nn.Module):
   cfg: layers.LayerConfig
 
   @nn.compact
-  def __call__(self, x, memory=None, past=None):
+  def __call__(
+    self,
+    x: Float[Array, "b t D"],
+    memory: Float[Array, "b m E"] | None = None,
+    past: Past | None = None,
+  ) -> tuple[Float[Array, "b t D"], Past, dict[str, Array]]:
     cfg = self.cfg
     width = x.shape[-1]
 
@@ -123,7 +135,14 @@ class DecoderBlock(nn.Module):
   mlp_ratio: float
 
   @nn.compact
-  def __call__(self, x, drop_rate, memory=None, past=None, index=None):
+  def __call__(
+    self,
+    x: Float[Array, "b t D"],
+    drop_rate: Float[Array, ""],
+    memory: Float[Array, "b m E"] | None = None,
+    past: dict[str, Past] | None = None,
+    index: int | Int[Array, ""] | None = None,
+  ) -> tuple[Float[Array, "b t D"], dict[str, Past], dict[str, Array]]:
     cfg = self.cfg
     past = past or {}
     y = layers.layer_norm(cfg, "norm_self_attention")(x)
@@ -163,7 +182,13 @@ class Decoder(nn.Module):
   cfg: layers.LayerConfig
 
   @nn.compact
-  def __call__(self, inputs, memory=None, cache=None, index=None):
+  def __call__(
+    self,
+    inputs: Int[Array, "b t"],
+    memory: Float[Array, "b m E"] | None = None,
+    cache: Cache | None = None,
+    index: int | Int[Array, ""] | None = None,
+  ) -> tuple[Float[Array, "b t classes"], Cache, dict[str, Array]]:
     cfg = self.cfg
     embed = nn.Embed(
       self.num_classes, self.width, dtype=cfg.dtype, name="embedding"

@@ -127,7 +127,9 @@ def constrain(x: Array, *names: str | None) -> Array:
   return nn.with_logical_constraint(x, names)
 
 
-def split_heads(x: Float[Array, "b n D"], num_heads: int):
+def split_heads(
+  x: Float[Array, "b n D"], num_heads: int
+) -> Float[Array, "b n h d"]:
   """`[batch, tokens, width]` to `[batch, tokens, heads, width / heads]`."""
   x = x.reshape(*x.shape[:-1], num_heads, -1)
   return constrain(x, "batch", None, "heads", None)

@@ -6,10 +6,17 @@ parameters (`p`) and results, and scratch.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+# References to memory of the chip: Pallas's, by name.
+Ref = Any
+Refs = Mapping[str, Ref]
 
 # Lookup tokens at a time.
 CHUNK = 256
@@ -46,7 +53,9 @@ CONTEXTUALISE = (
 )
 
 
-def normalise(x, eps):
+def normalise(
+  x: Float[Array, "*n D"], eps: float
+) -> tuple[Float[Array, "*n D"], Float[Array, "*n 1"]]:
   """Of mean 0 and variance 1 over the last axis, and by what it was divided."""
   x = x.astype(jnp.float32)
   x = x - jnp.mean(x, axis=-1, keepdims=True)
@@ -54,7 +63,12 @@ def normalise(x, eps):
   return x * factor, factor
 
 
-def layer_norm(x, scale, bias, spec):
+def layer_norm(
+  x: Float[Array, "*n D"],
+  scale: Float[Array, "1 D"],
+  bias: Float[Array, "1 D"],
+  spec: Spec,
+) -> Float[Array, "*n D"]:
   """In float32, and rounded to the dtype of `x`."""
   y = normalise(x, spec.eps)[0] * scale + bias
   return y.astype(x.dtype)
@@ -128,7 +142,9 @@ def _sum(x):
   return jnp.sum(x, axis=0, keepdims=True)
 
 
-def gather(spec, image, p, out, wide, total):
+def gather(
+  spec: Spec, image: Refs, p: Refs, out: Refs, wide: Ref, total: Ref
+) -> None:
   """Online softmax over chunks; `wide` and `total` are `[h m, D]`."""
   lookup, query = image["lookup"], image["query"]
   dtype = lookup.dtype
@@ -155,7 +171,16 @@ def gather(spec, image, p, out, wide, total):
   out["top"][0] = _row(top)
 
 
-def gather_backward(spec, image, p, d, wide, d_mean, d_wide, mean):
+def gather_backward(
+  spec: Spec,
+  image: Refs,
+  p: Refs,
+  d: Refs,
+  wide: Ref,
+  d_mean: Ref,
+  d_wide: Ref,
+  mean: Ref,
+) -> None:
   """Gradients; rows of the scratch are `[h m, D]`, the last two in float32."""
   lookup, query, d_x = image["lookup"], image["query"], image["d_x"]
   dtype = lookup.dtype
@@ -207,7 +232,9 @@ def _forward(spec, image, p, wide, wide_value, place):
   return out, (x, factor, y, weights, z, z_factor, mlp_in, hidden, active)
 
 
-def contextualise(spec, image, p, out, wide, wide_value):
+def contextualise(
+  spec: Spec, image: Refs, p: Refs, out: Ref, wide: Ref, wide_value: Ref
+) -> None:
   """The update and the MLP by chunks; `wide` and `wide_value` `[h m, D]`."""
   _widen(image["query"], p["key"], wide)
   _widen(image["value"], p["out"], wide_value)
@@ -221,8 +248,15 @@ def contextualise(spec, image, p, out, wide, wide_value):
 
 
 def contextualise_backward(
-  spec, image, p, d, wide, wide_value, d_wide, d_wide_value
-):
+  spec: Spec,
+  image: Refs,
+  p: Refs,
+  d: Refs,
+  wide: Ref,
+  wide_value: Ref,
+  d_wide: Ref,
+  d_wide_value: Ref,
+) -> None:
   """Gradients; scratch `[h m, D]`, the last two in float32."""
   dtype, keep = wide.dtype, image["keep"]
   _zero_first(*(d[name] for name in CONTEXTUALISE))

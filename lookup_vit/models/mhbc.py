@@ -102,7 +102,8 @@ class MHBC(nn.Module):
   reuse_scale: str = "none"
   impl: str = "auto"
 
-  def setup(self):
+  def setup(self) -> None:
+    """Makes the layers; raises ValueError for fields that do not fit."""
     cfg, width = self.cfg, self.width
     if self.reuse not in REUSE:
       raise ValueError(f"reuse={self.reuse!r}: want one of {', '.join(REUSE)}.")
