@@ -4,8 +4,6 @@ import os
 import pathlib
 import re
 
-import pytest
-
 _TEXT = pathlib.Path("README.md").read_text()
 
 
@@ -18,18 +16,10 @@ def test_python_runs():
   assert scope["out"]["attention"].shape == (12, 8, 3, 25, 196)
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)]+)\)", _TEXT))
-def test_links_lead_somewhere(path):
-  assert os.path.exists(path.split("#")[0])
-
-
-def test_layout_and_configs_are_those_there_are():
-  for name in os.listdir("configs"):
-    if name.endswith(".py") and name != "common.py":
-      assert name in _TEXT
-  for name in re.findall(r"configs/\w+\.py|launch/\w+\.sh", _TEXT):
-    assert os.path.exists(name)
-  layout = _TEXT.split("## Layout")[1].split("```")[1]
-  for name in os.listdir("lookup_vit"):
-    if not name.startswith("_"):
-      assert name.removesuffix(".py") in layout, name
+def test_files_that_are_named_are_there():
+  names = re.findall(
+    r"(?:configs|launch|data|docs)/[\w/]+\.(?:py|sh|md)", _TEXT
+  )
+  assert len(names) > 10
+  for name in names:
+    assert os.path.exists(name), name
