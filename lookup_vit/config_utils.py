@@ -20,7 +20,8 @@ from etils import epath
 CONFIG_FILE = "config.json"
 
 # Every field a config may have, and what it is where a config does not say.
-# A value of `{}` is checked by the part that it configures.
+# A value of `{}` is checked by the part that it configures. Modules of your own
+# are named with a dot, "my_package.my_model": see docs/extending.md.
 DEFAULTS = dict(
   seed=0,
   # One of the two.

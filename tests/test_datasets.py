@@ -7,6 +7,7 @@ import types
 
 import ml_collections
 import pytest
+from etils import epath
 from PIL import Image
 
 from data.digits import Builder
@@ -90,6 +91,21 @@ def test_at_most_ten_broken_images_are_listed(folder):
   with pytest.raises(ValueError, match="and 2 more") as e:
     datasets.num_examples(folder)
   assert str(e.value).count("/train/") == 10
+
+
+def test_classes_are_the_directories_of_all_splits(folder):
+  root = epath.Path(folder["folder"])
+  for name in ("train/dog/notes.txt", "train/dog/more/1.jpg", "val/ape/1.webp"):
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(b"not read")
+  (root / "train" / ".hidden").mkdir()
+  builder = datasets.get_builder(folder)
+  names = builder.info.features["label"].names
+  assert names == [".hidden", "ape", "cat", "dog"]
+  assert datasets.num_examples(folder) == 20
+  # Each part of a split has all of its classes.
+  half = datasets.folder_examples(builder, {**folder, "split": "train[:50%]"})
+  assert {names[label] for _, label in half} == {"cat", "dog"}
 
 
 def test_unusual_but_legal_images_are_kept(folder):

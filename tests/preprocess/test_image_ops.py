@@ -66,6 +66,20 @@ def test_decode_equals_pil(kind, mode, tolerance):
   assert np.abs(got.astype(int) - want).max() <= tolerance
 
 
+def test_decode_takes_images_as_they_are_stored():
+  exif = Image.Exif()
+  exif[274] = 6  # To be shown turned by a right angle.
+  marked = apply("decode", encode(picture(), "JPEG", exif=exif))
+  np.testing.assert_array_equal(
+    marked, apply("decode", encode(picture(), "JPEG"))
+  )
+  deep = np.arange(0, 47 * 61 * 20, 20, dtype=np.uint16).reshape(47, 61)
+  buffer = io.BytesIO()
+  Image.fromarray(deep).save(buffer, "PNG")
+  got = apply("decode", buffer.getvalue())
+  np.testing.assert_array_equal(got, np.repeat(deep[..., None] >> 8, 3, -1))
+
+
 def test_decode_jpeg_and_inception_crop_resizes():
   for kind in ("JPEG", "PNG"):
     content = encode(picture(), kind)
