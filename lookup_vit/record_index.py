@@ -165,6 +165,7 @@ def _read(path: str, count: int) -> tuple[int, np.ndarray]:
 def main(argv):
   """Indexes the data of a config."""
   del argv
+  cli.log_overrides()
   config = config_utils.resolve(FLAGS.config)
   described = [("config.input", config.input.data)]
   for name, fields in config.evals.items():
