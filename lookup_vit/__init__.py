@@ -6,3 +6,10 @@ __version__ = "0.1.0"
 
 # When the program began, but for the interpreter's own start.
 START = time.monotonic()
+
+
+def load(workdir, step=None, **options):
+  """A run's model, ready to predict: see `lookup_vit.predict.load`."""
+  from lookup_vit import predict  # JAX is for those who want it.
+
+  return predict.load(workdir, step, **options)

@@ -7,7 +7,7 @@ its name only when it is whole.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from lookup_vit import config_utils, parallel
 
 _CONFIG = config_utils.CONFIG_FILE
 _FOLDER = "checkpoints"
+_CLASSES = "classes.json"
 
 
 class DamagedCheckpointError(ValueError):
@@ -47,13 +48,38 @@ def check_workdir(workdir: str, config: Mapping[str, Any]) -> None:
 
 def write_config(workdir: str, config: Mapping[str, Any]) -> None:
   """Writes a resolved config into its work directory."""
+  _write_json(workdir, _CONFIG, config.to_dict())
+
+
+def write_classes(workdir: str, classes: Sequence[str]) -> None:
+  """Writes the names of a run's classes into its work directory."""
+  _write_json(workdir, _CLASSES, list(classes))
+
+
+def _write_json(workdir, name, value):
   if jax.process_index() == 0:
     workdir = config_utils.workdir_path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     # Atomic: a run killed here must not leave half a file.
-    part = workdir / (_CONFIG + ".tmp")
-    part.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    part.replace(workdir / _CONFIG)
+    part = workdir / (name + ".tmp")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.replace(workdir / name)
+
+
+def read_classes(workdir: str) -> list[str] | None:
+  """The names of a run's classes; None where its work directory has none.
+
+  Raises:
+    ValueError: the file holds something else.
+  """
+  path = config_utils.workdir_path(workdir) / _CLASSES
+  if not path.exists():
+    return None
+  classes = config_utils.read_json(path)
+  is_list = isinstance(classes, list)
+  if not is_list or not all(isinstance(name, str) for name in classes):
+    raise ValueError(f"{path} is damaged: it holds no list of names.")
+  return classes
 
 
 def checksums(tree: Any) -> list[int]:

@@ -281,6 +281,35 @@ def evals_in_order(names: Iterable[str]) -> list[str]:
   return sorted(names, key=lambda name: (name != "val", name != "test", name))
 
 
+def evaluation(
+  config: ml_collections.ConfigDict, name: str | None = None
+) -> ml_collections.ConfigDict:
+  """The fields of the evaluator by whose `pp_fn` a run's files are read.
+
+  Args:
+    config: of a run, resolved.
+    name: of an evaluator; that which the run is judged by where none is given.
+
+  Raises:
+    ValueError: none has, or this one has not.
+  """
+  having = [n for n in evals_in_order(config.evals) if _pp_fn(config.evals[n])]
+  if name is None and not having:
+    raise ValueError(
+      "config.evals: no evaluator says how to read images (pp_fn)."
+    )
+  if name is not None and name not in having:
+    raise ValueError(
+      f"config.evals has no evaluator {name!r} that says how to read images "
+      f"(pp_fn); {', '.join(having) or 'none'} has."
+    )
+  return config.evals[name or having[0]]
+
+
+def _pp_fn(fields):
+  return fields.get("pp_fn")
+
+
 def _complete(defaults, given, where):
   full = dict(defaults)
   for name, value in given.items():

@@ -204,6 +204,20 @@ def num_classes(data: Mapping[str, Any]) -> int | None:
   return next(iter(found.values()))
 
 
+def class_names(data: Mapping[str, Any]) -> list[str] | None:
+  """Returns the names of the classes of `label`, None if it is no ClassLabel.
+
+  Of classes without names, TFDS has numbers as text.
+
+  Raises:
+    ValueError: the data sets of a mixture differ in the number of classes.
+  """
+  if num_classes(data) is None:
+    return None
+  [(description, _, _), *_] = descriptions.mixture(data)
+  return list(get_builder(description).info.features["label"].names)
+
+
 def num_examples(data: Mapping[str, Any]) -> int:
   """Returns the number of examples of the split.
 

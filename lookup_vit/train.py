@@ -125,6 +125,8 @@ def train_and_evaluate(
   if start == 0 and isinstance(program.model, probe.Probe):
     state = calibrate(program, state)
   checkpoints.write_config(workdir, config)
+  if classes := datasets.class_names(data):
+    checkpoints.write_classes(workdir, classes)
   if words and jax.process_index() == 0:
     tokenizer.write(workdir, words)
   measured = metric_writer.names(workdir, start)

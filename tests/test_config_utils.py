@@ -320,3 +320,16 @@ def test_read_workdir_of_something_else(tmp_path, content):
 def test_evaluators_in_order():
   names = ["b", "test", "a", "val"]
   assert config_utils.evals_in_order(names) == ["val", "test", "a", "b"]
+
+
+def test_the_evaluator_that_says_how_files_are_read():
+  evals = dict(
+    a=dict(pp_fn="decode|a"), test=dict(type="x"), val=dict(pp_fn="decode|b")
+  )
+  config = config_utils.resolve(minimal(evals=evals))
+  assert config_utils.evaluation(config).pp_fn == "decode|b"
+  assert config_utils.evaluation(config, "a").pp_fn == "decode|a"
+  words = ["'test'", "val, a has"]
+  fails(config_utils.evaluation, config, "test", words=words)
+  config = config_utils.resolve(minimal(evals=dict(test=dict(type="x"))))
+  fails(config_utils.evaluation, config, words=["config.evals: no evaluator"])

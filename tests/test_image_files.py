@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lookup_vit import config_utils, image_files
-from tests import small
+from lookup_vit import image_files
 
 PP = "decode|resize((6, 8))|value_range(-1,1)|keep('image','label')"
 
@@ -117,13 +116,3 @@ def test_files_that_cannot_be_read(photo, tmp_path):
     assert "\n" not in str(e.value)
   with pytest.raises(ValueError, match=f"{tmp_path}: "):
     image_files.read([str(tmp_path)], PP, (6, 8))
-
-
-def test_preprocessing_of_a_config():
-  config = config_utils.resolve(small.config(num_classes=10))
-  assert image_files.evaluation_pp(config) == config.evals.test.pp_fn
-  config.evals = {"a": {"type": "x"}, "b": {"pp_fn": "decode"}}
-  assert image_files.evaluation_pp(config) == "decode"
-  config.evals = {}
-  with pytest.raises(ValueError, match="config.evals"):
-    image_files.evaluation_pp(config)

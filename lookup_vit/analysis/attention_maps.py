@@ -301,7 +301,7 @@ def draw_files(
     blocks: as `cross_attention.maps` takes them.
     heads: likewise.
     places: as `token_rows` takes them, or "all".
-    pp: op-string; `image_files.evaluation_pp` where none is given.
+    pp: op-string; that of `config_utils.evaluation` where none is given.
     step: of a checkpoint; the newest where none is given.
 
   Raises:
@@ -339,7 +339,7 @@ def draw_files(
     places = list(np.ndindex(*grids[0]))
   cross_attention.check_places(places or (), grids[0])
   images = image_files.read(
-    paths, pp or image_files.evaluation_pp(config), size
+    paths, pp or config_utils.evaluation(config).pp_fn, size
   )
   for grid in grids:
     if grid not in trained:

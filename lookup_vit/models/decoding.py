@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+# Of the search, where an evaluator does not say.
+BEAMS, ALPHA = 4, 0.6
+
 Step = Callable[[Array, Array, Any], tuple[Array, Any]]
 _Choose = Callable[[Array, Array], Array]
 

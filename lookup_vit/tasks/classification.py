@@ -106,6 +106,14 @@ class Task:
     }
     return sum(losses.values()) / len(losses), losses
 
+  def probabilities(
+    self, logits: Float[Array, "b classes"]
+  ) -> Float[Array, "b classes"]:
+    """Of the classes: by a softmax, or of each by itself by a sigmoid."""
+    if self.config.loss == "softmax_xent":
+      return jax.nn.softmax(logits)
+    return jax.nn.sigmoid(logits)
+
   def metrics(
     self,
     logits: Float[Array, "b classes"],
