@@ -4,7 +4,6 @@
 it could not store.
 """
 
-import collections
 import csv
 import dataclasses
 import datetime
@@ -13,14 +12,14 @@ import io
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent import futures
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from etils import epath
 
-from data.video_frames import EXTENSIONS, find_ffmpeg, read_frames
+from lookup_vit import loops
+from lookup_vit.video_frames import EXTENSIONS, find_ffmpeg, read_frames
 
 _LOG = logging.getLogger("lookup_vit")
 
@@ -107,24 +106,6 @@ def _read_clip(
     reason = reason.replace(f"{clip.path}: ", "", 1)
     return Loss(split, clip.video_id, reason, clip.path)
   return clip.video_id, {"video": frames, **clip.features}
-
-
-def in_threads(
-  function: Callable[[Any], Any], items: Iterable[Any]
-) -> Iterator[Any]:
-  """Yields `function(item)` in order, some items ahead, never all of them.
-
-  For work that threads can share: in processes of ffmpeg, or in TensorFlow.
-  """
-  workers = os.cpu_count() or 1
-  with futures.ThreadPoolExecutor(workers) as pool:
-    pending = collections.deque()
-    for item in items:
-      pending.append(pool.submit(function, item))
-      if len(pending) > 2 * workers:
-        yield pending.popleft().result()
-    while pending:
-      yield pending.popleft().result()
 
 
 def _write_losses(losses: Iterable[Loss], path: str, total: int):
@@ -229,7 +210,7 @@ def _local_examples(clips, read, write):
   losses = []
   start = last = time.monotonic()
   try:
-    for done, result in enumerate(in_threads(read, clips), 1):
+    for done, result in enumerate(loops.in_threads(read, clips), 1):
       if isinstance(result, Loss):
         losses.append(result)
       else:

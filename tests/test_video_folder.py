@@ -12,8 +12,8 @@ import tensorflow_datasets as tfds
 
 from data import video_builder
 from data.video_folder import Builder
-from data.video_frames import find_ffmpeg
 from lookup_vit import datasets, input_pipeline, record_index
+from lookup_vit.video_frames import find_ffmpeg
 from tests.video_files import decode_jpegs, greys, pattern, write_video
 
 MODULE = "data.video_folder"

@@ -1,4 +1,4 @@
-"""Tests of data/video_frames.py on videos that ffmpeg writes here."""
+"""Tests of lookup_vit/video_frames.py on videos that ffmpeg writes here."""
 
 import os
 import shutil
@@ -9,9 +9,9 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from data import video_frames
 from data.video_builder import VideoConfig
-from data.video_frames import read_frames
+from lookup_vit import video_frames
+from lookup_vit.video_frames import read_frames
 from tests.video_files import decode_jpegs, greys, pattern, write_video
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from data.video_frames import find_ffmpeg
+from lookup_vit.video_frames import find_ffmpeg
 
 _CODECS = {
   ".mp4": ("-c:v", "libx264", "-crf", "8"),

@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from data import folders, video_builder
-from lookup_vit import damage
+from lookup_vit import damage, loops
 
 _DESCRIPTION = """\
 Images of a folder, each with captions. Files are stored as they are.
@@ -256,7 +256,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       path = os.fspath(root / image.name)
       return image, path, *damage.read_image(path)
 
-    results = video_builder.in_threads(read, images)
+    results = loops.in_threads(read, images)
     results = damage.with_progress(results, len(images), f"images of {split}")
     lost = []
     for image, path, content, error in results:

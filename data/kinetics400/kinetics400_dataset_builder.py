@@ -21,11 +21,13 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 try:
-  from data import video_builder, video_frames
+  from data import video_builder
+  from lookup_vit import video_frames
 except ModuleNotFoundError:
   # `tfds build` imports this file alone, without the repository's root.
   sys.path.append(os.fspath(pathlib.Path(__file__).resolve().parents[2]))
-  from data import video_builder, video_frames
+  from data import video_builder
+  from lookup_vit import video_frames
 
 _LOG = logging.getLogger("lookup_vit")
 

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import tensorflow_datasets as tfds
 from etils import epath
 
-from data import folders, video_builder, video_frames
+from data import folders, video_builder
+from lookup_vit import video_frames
 
 _LOG = logging.getLogger("lookup_vit")
 

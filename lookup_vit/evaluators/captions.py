@@ -11,6 +11,7 @@ import numpy as np
 from lookup_vit import (
   config_utils,
   input_pipeline,
+  loops,
   parallel,
   tokenizer,
 )
@@ -149,7 +150,7 @@ class Evaluator:
     ids = list(self.references)
     found = {grid: {} for grid in self.grids}
     pictures = {}  # By image; of this process's share.
-    batches = shared.progress(self.batches(), self.count, self.name)
+    batches = loops.progress(self.batches(), self.count, self.name)
     for number, batch in enumerate(batches):
       check()
       images = parallel.put_batch(batch["image"], self.program.mesh)

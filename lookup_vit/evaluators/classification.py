@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lookup_vit import datasets
+from lookup_vit import datasets, loops
 from lookup_vit.evaluators import shared
 from lookup_vit.train_step import Program
 
@@ -93,7 +93,7 @@ class Evaluator:
     """
     del workdir
     totals = {grid: {} for grid in self.grids}
-    for batch in shared.progress(self.batches(), self.count, self.name):
+    for batch in loops.progress(self.batches(), self.count, self.name):
       check()
       shared.add_sums(totals, self.program, params, batch, self.classes)
     for grid, total in totals.items():

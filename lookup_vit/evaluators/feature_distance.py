@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from lookup_vit import config_utils
+from lookup_vit import config_utils, loops
 from lookup_vit.evaluators import shared
 from lookup_vit.evaluators.features import Features
 from lookup_vit.preprocess import corruptions as ops
@@ -116,7 +116,7 @@ class Evaluator:
       kept = config_utils.read_json(path) if path.exists() else []
     clean = self.clean.extract(params, self.grids, check)
     found = {(s, grid): [] for s in self.severities for grid in self.grids}
-    parts = shared.progress(
+    parts = loops.progress(
       *(self.corrupted.items(), len(self.corrupted), self.name, "corruption")
     )
     for (severity, _), part in parts:

@@ -21,6 +21,7 @@ from lookup_vit import (
   datasets,
   descriptions,
   input_pipeline,
+  loops,
   parallel,
 )
 from lookup_vit.evaluators import shared
@@ -239,7 +240,7 @@ class Features:
     labels = np.zeros(self.size, np.int32)
     found = dict.fromkeys(grids)
     for number, batch in enumerate(
-      shared.progress(self.dataset, self.count, self.name)
+      loops.progress(self.dataset, self.count, self.name)
     ):
       check()
       places = input_pipeline.eval_places(

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from sklearn import metrics
 
-from lookup_vit import datasets, input_pipeline, parallel
+from lookup_vit import datasets, input_pipeline, loops, parallel
 from lookup_vit.evaluators import shared
 from lookup_vit.train_step import Program
 
@@ -114,7 +114,7 @@ class Evaluator:
       grid: [np.full(n, np.nan) for n in self.sizes] for grid in self.grids
     }
     labels = [np.full(n, -1) for n in self.sizes]
-    batches = shared.progress(self._all_batches(), self.count, self.name)
+    batches = loops.progress(self._all_batches(), self.count, self.name)
     for split, number, batch in batches:
       check()
       places = input_pipeline.eval_places(

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lookup_vit import config_utils, datasets
+from lookup_vit import config_utils, datasets, loops
 from lookup_vit.analysis import corruption_error
 from lookup_vit.evaluators import classification, shared
 from lookup_vit.preprocess import corruptions as ops
@@ -158,7 +158,7 @@ class Evaluator:
     sizes |= {key: size for key, (_, _, size) in self.splits.items()}
     count = sum(-(-size // self.batch_size) for size in sizes.values())
     totals = {key: {grid: {} for grid in self.grids} for key in sizes}
-    batches = shared.progress(self._all_batches(), count, self.name)
+    batches = loops.progress(self._all_batches(), count, self.name)
     for key, batch in batches:
       check()
       shared.add_sums(totals[key], self.program, params, batch)

@@ -1,9 +1,6 @@
-"""What evaluators share: batches, grids, classes, sums, and their progress."""
+"""What evaluators share: batches, grids, classes and sums."""
 
-import datetime
-import logging
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,11 +8,6 @@ import jax
 from lookup_vit import config_utils, datasets, input_pipeline, parallel
 from lookup_vit.models import tokens
 from lookup_vit.train_step import Program
-
-log = logging.getLogger("lookup_vit")
-
-# Seconds between two lines.
-_EVERY = 20.0
 
 
 def make_batches(
@@ -154,27 +146,6 @@ def some(
       f"{field}={given!r}: want a list of some of {', '.join(map(str, there))}."
     )
   return tuple(x for x in there if x in given)
-
-
-def progress(
-  parts: Iterable[Any], count: int, name: str, what: str = "batch"
-) -> Iterator[Any]:
-  """The parts; says now and then how many there were, and what is left."""
-  start = said = time.monotonic()
-  for done, part in enumerate(parts):
-    now = time.monotonic()
-    if done and now - said > _EVERY:
-      said = now
-      left = round((now - start) / done * (count - done))
-      log.info(
-        "%s: %s %d/%d  ETA %s",
-        name,
-        what,
-        done,
-        count,
-        datetime.timedelta(seconds=left),
-      )
-    yield part
 
 
 def metric_prefix(name: str, grid: Any) -> str:

@@ -125,13 +125,13 @@ def test_features_are_those_of_single_examples(
 def passes(monkeypatch):
   """How often a batch was asked for its features, in a list."""
   calls = []
-  progress = features.shared.progress
+  progress = features.loops.progress
 
   def counted(batches, count, name):
     calls.append(name)
     return progress(batches, count, name)
 
-  monkeypatch.setattr(features.shared, "progress", counted)
+  monkeypatch.setattr(features.loops, "progress", counted)
   return calls
 
 
