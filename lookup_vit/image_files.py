@@ -1,60 +1,110 @@
-"""Images of any files, preprocessed as those of a run are."""
+"""Images and videos of any files, preprocessed as those of a run are."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from lookup_vit import damage, quiet_tensorflow  # noqa: F401
+from lookup_vit import (
+  config_utils,
+  damage,
+  odd_images,
+  quiet_tensorflow,  # noqa: F401
+  video_frames,
+)
 
 # isort: split
 import tensorflow as tf
 
-from lookup_vit.preprocess import get_preprocess_fn
+from lookup_vit.preprocess import get_preprocess_fn, registry
+
+# Nothing in evaluation is random.
+_SEED = tf.zeros(2, tf.int32)
 
 
 class Reader:
-  """Reads images by an op-string, from files or decoded.
+  """Reads images, or videos, by an op-string, from files or decoded.
 
+  Of a JPEG or PNG it makes what evaluation makes of it; see `odd_images` for
+  what else is read, and how. Videos are read where the op-string decodes clips.
   There are no labels or captions: ops on those are left out.
 
   Args:
     pp: op-string, which decodes.
     image_size: (rows, columns) of the model, or (time, rows, columns).
     views: of each example, that the op-string makes.
+    frame_options: of `video_frames.read_frames`.
+
+  Attributes:
+    extensions: that files it reads usually have.
 
   Raises:
     ValueError: the op-string is wrong.
   """
 
-  def __init__(self, pp: str, image_size: Sequence[int], views: int = 1):
+  def __init__(
+    self,
+    pp: str,
+    image_size: Sequence[int],
+    views: int = 1,
+    frame_options: Mapping[str, Any] | None = None,
+  ):
     self._preprocess = get_preprocess_fn(pp, skip_missing=True)
+    self._decode = get_preprocess_fn("decode")
     self._pp = pp
     self._views = () if views == 1 else (views,)
     self._size = tuple(image_size)
+    self._frame_options = dict(frame_options or {})
+    is_of_videos = bool(registry.calls(pp, "decode_clip"))
+    self._key = "video" if is_of_videos else "image"
+    self.extensions = odd_images.EXTENSIONS
+    if is_of_videos:
+      self.extensions = video_frames.EXTENSIONS
 
   def __call__(self, image: str | os.PathLike | np.ndarray) -> np.ndarray:
-    """An image as the op-string makes it.
+    """An image, or a clip of a video, as the op-string makes it.
 
     Args:
-      image: path of a file, here or on `gs://`; or uint8 `[height, width, 3]`.
+      image: path of a file, here or on `gs://`; or uint8 `[height, width, 3]`,
+        of a video `[time, height, width, 3]`.
 
     Returns:
-      `[rows, columns, 3]`, float32; `[views, ...]` where there are several.
+      `[rows, columns, 3]` or `[time, rows, columns, 3]`, float32; `[views,
+      ...]` where there are several.
 
     Raises:
       ValueError: it is missing, no image or a broken one, or of another size
         after preprocessing: it is named.
+      FileNotFoundError: a video, and there is no ffmpeg.
     """
     is_path = isinstance(image, str | os.PathLike)
     name = os.fspath(image) if is_path else "image"
     try:
       if is_path:
-        image = tf.io.read_file(os.path.expanduser(name))
-      found = self._preprocess({"image": image}, tf.zeros(2, tf.int32))
+        with config_utils.at_fault(name):
+          image = self._read(os.path.expanduser(name))
+      data = {self._key: tf.convert_to_tensor(image)}
+      found = self._preprocess(data, _SEED)
     except tf.errors.OpError as e:
       raise ValueError(f"{name}: {damage.reason(e)}") from e
     return self._check(name, found.get("image"))
+
+  def _read(self, path):
+    """What ops decode: the content of a file, or frames; or pixels."""
+    if self._key == "video":
+      return video_frames.read_frames(path, **self._frame_options)
+    if path.lower().endswith(video_frames.EXTENSIONS):
+      raise ValueError("a video by its name, but the model is of images")
+    content = tf.io.read_file(path)
+    image = odd_images.open_image(content.numpy())
+    if not odd_images.is_plain(image):
+      return odd_images.decode(image)
+    turned = odd_images.orientation(image)
+    if turned == 1:
+      return content
+    pixels = self._decode({"image": content}, _SEED)["image"]
+    return odd_images.upright(pixels.numpy(), turned)
 
   def _check(self, name, image):
     want = (*self._views, *self._size, 3)

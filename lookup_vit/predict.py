@@ -237,24 +237,16 @@ class Predictor:
       )
     found = []
     for batch in self._batches(images):
-      flat = batch.reshape(-1, *self.image_size, 3)
-      rows = []
-      for start in range(0, len(flat), self.batch_size):
-        part = flat[start : start + self.batch_size]
-        fill = [(0, self.batch_size - len(part)), *[(0, 0)] * (flat.ndim - 1)]
-        rows.append(
-          jax.tree.map(
-            lambda x, count=len(part): np.asarray(x)[:count],
-            self._functions[key](self.params, np.pad(part, fill), grid),
-          )
-        )
-      rows = jax.tree.map(lambda *x: np.concatenate(x), *rows)
-      found.append(
-        jax.tree.map(
-          lambda x, count=len(batch): x.reshape(count, -1, *x.shape[1:]), rows
-        )
-      )
-    return jax.tree.map(lambda *x: np.concatenate(x), *found)
+      views = batch.reshape(-1, *self.image_size, 3)
+      for start in range(0, len(views), self.batch_size):
+        part = views[start : start + self.batch_size]
+        fill = [(0, self.batch_size - len(part)), *[(0, 0)] * (part.ndim - 1)]
+        rows = self._functions[key](self.params, np.pad(part, fill), grid)
+        found.append(_first(jax.device_get(rows), len(part)))
+    per = views.shape[0] // batch.shape[0]
+    return jax.tree.map(
+      lambda *x: np.concatenate(x).reshape(-1, per, *x[0].shape[1:]), *found
+    )
 
   def predict(
     self, images: Any, grid: tokens.Grid | None = None
@@ -363,6 +355,10 @@ class Predictor:
       for name, x in out.items()
       if "tokens" in name and "block_" not in name
     }
+
+
+def _first(tree, count):
+  return jax.tree.map(lambda x: x[:count], tree)
 
 
 def _search(config, name):
