@@ -93,6 +93,12 @@ class VideoConfig(tfds.core.BuilderConfig):
         self.name += f"_max{self.max_seconds:g}s"
 
 
+def frame_options(config: VideoConfig) -> dict[str, Any]:
+  """Returns the options of `read_frames` that a config has."""
+  names = ("short_side", "fps", "qscale", "max_seconds")
+  return {name: getattr(config, name) for name in names}
+
+
 def _read_clip(
   clip: Clip, split: str, options: dict[str, Any]
 ) -> tuple[str, dict[str, Any]] | Loss:
@@ -134,6 +140,12 @@ class VideoBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """
 
   _use_beam = False
+
+  @classmethod
+  def frame_options(cls, config: str = "") -> dict[str, Any]:
+    """Returns the options of `read_frames` for a config, "" for the first."""
+    name = config or cls.BUILDER_CONFIGS[0].name
+    return frame_options(cls.builder_configs[name])
 
   def _clips(
     self, dl_manager: tfds.download.DownloadManager
@@ -192,11 +204,7 @@ class VideoBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     }
 
   def _generate_examples(self, split: str, clips: Sequence[Clip]):
-    config = self.builder_config
-    options = {
-      name: getattr(config, name)
-      for name in ("short_side", "fps", "qscale", "max_seconds")
-    }
+    options = frame_options(self.builder_config)
     read = functools.partial(_read_clip, split=split, options=options)
     write = functools.partial(
       _write_losses, path=self._losses_path(split), total=len(clips)

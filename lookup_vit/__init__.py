@@ -9,7 +9,7 @@ START = time.monotonic()
 
 
 def load(workdir, step=None, **options):
-  """A run's model, ready to predict: see `lookup_vit.predict.load`."""
-  from lookup_vit import predict  # JAX is for those who want it.
+  """A run's model, ready to predict: see `lookup_vit.predictor.load`."""
+  from lookup_vit import predictor  # JAX is for those who want it.
 
-  return predict.load(workdir, step, **options)
+  return predictor.load(workdir, step, **options)

@@ -100,12 +100,9 @@ def _listing(folder, depth) -> str:
   return ", ".join(names) or "nothing"
 
 
-def _module_builder(data):
-  field, folder = descriptions.source(data), data.get("folder")
-  module, _, version = data["module"].partition(":")
-  module, _, config = module.partition("/")
+def _builder_class(field, module):
   try:
-    builder_class = importlib.import_module(module).Builder
+    return importlib.import_module(module).Builder
   except ImportError as e:
     raise ValueError(
       f"{field} cannot be imported: {e}. The modules under data/ are found "
@@ -116,6 +113,13 @@ def _module_builder(data):
       f"{field} has no class Builder, which should be a "
       "tfds.core.GeneratorBasedBuilder"
     ) from e
+
+
+def _module_builder(data):
+  field, folder = descriptions.source(data), data.get("folder")
+  module, _, version = data["module"].partition(":")
+  module, _, config = module.partition("/")
+  builder_class = _builder_class(field, module)
   if ("folder" in inspect.signature(builder_class).parameters) != bool(folder):
     wants = "does not take a" if folder else "wants its"
     raise ValueError(f"{field}: this module {wants} data.folder")
@@ -216,6 +220,30 @@ def class_names(data: Mapping[str, Any]) -> list[str] | None:
     return None
   [(description, _, _), *_] = descriptions.mixture(data)
   return list(get_builder(description).info.features["label"].names)
+
+
+def frame_options(data: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns how videos became the frames of a data set.
+
+  The data need not be there.
+
+  Args:
+    data: a data description.
+
+  Returns:
+    Options of `video_frames.read_frames`; none of a data set that does not say.
+
+  Raises:
+    ValueError: if the module of the data cannot be imported.
+  """
+  data = descriptions.check(data)
+  if "module" not in data:
+    return {}
+  module, _, config = data["module"].partition(":")[0].partition("/")
+  builder_class = _builder_class(descriptions.source(data), module)
+  if not hasattr(builder_class, "frame_options"):
+    return {}
+  return builder_class.frame_options(config)
 
 
 def num_examples(data: Mapping[str, Any]) -> int:

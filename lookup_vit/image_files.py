@@ -81,11 +81,11 @@ class Reader:
     is_path = isinstance(image, str | os.PathLike)
     name = os.fspath(image) if is_path else "image"
     try:
-      if is_path:
-        with config_utils.at_fault(name):
+      with config_utils.at_fault(name):
+        if is_path:
           image = self._read(os.path.expanduser(name))
-      data = {self._key: tf.convert_to_tensor(image)}
-      found = self._preprocess(data, _SEED)
+        data = {self._key: tf.convert_to_tensor(image)}
+        found = self._preprocess(data, _SEED)
     except tf.errors.OpError as e:
       raise ValueError(f"{name}: {damage.reason(e)}") from e
     return self._check(name, found.get("image"))

@@ -22,9 +22,9 @@ EXTENSIONS = (
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 _WANTED = "want JPEG, PNG, GIF, BMP, WebP or TIFF"
 
-# Twice that number Pillow itself refuses; between, it warns.
-_MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow's own bound; of half as many it would warn, and of damaged EXIF.
+_MOST_PIXELS = 178_956_970
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _ORIENTATION = 0x0112
 # ISO media files say what they are behind "ftyp".

@@ -1,402 +1,308 @@
-r"""Predicts from a work directory: classes, or captions, of any files.
+r"""Predicts classes, captions or classes of videos, by what a run is of.
 
     python -m lookup_vit.predict --workdir=WORKDIR a.jpg photos/ 'more/*.png'
 
-and from Python:
+Files are named by themselves, by folders, which are searched with those below
+them, or by patterns. They are preprocessed as by the run's evaluator `val` or
+else `test`, or by `--pp`. A file that cannot be read is told on stderr; the
+others go on, and the exit code is 1 in the end.
 
-    predictor = lookup_vit.load(WORKDIR)
-    predictor.predict(["a.jpg"], grid=(3, 3)).top(5)
+    --grid=3x3            compressed grid; the model's own where none is given
+    --top=5               classes of each image
+    --output=FILE.jsonl   a line of JSON for each file; - is stdout
+    --attention=MAPS.png  which lookup tokens compressed tokens read
+
+From Python, `lookup_vit.load(WORKDIR)`: see `predictor.py` and docs/predict.md.
 """
 
-import dataclasses
-import functools
+import contextlib
+import glob
+import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import ml_collections
 import numpy as np
+from absl import flags
+from etils import epath
 
-from lookup_vit import checkpoints, config_utils, parallel, tokenizer
-from lookup_vit.models import decoding, pooling, tokens
-from lookup_vit.train_step import Program
+from lookup_vit import cli, config_utils, loops, startup
+from lookup_vit.predictor import (
+  Predictions,
+  Predictor,
+  load,
+  prepare,
+)
+
+__all__ = ["Predictions", "Predictor", "load", "prepare"]
+
+FLAGS = flags.FLAGS
 
 log = logging.getLogger("lookup_vit")
 
-_BATCH_SIZE = 8
+
+class File(NamedTuple):
+  """A file that was named, and what is wrong with it, if anything is."""
+
+  path: str
+  error: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Predictions:
-  """What a model says of `n` images or videos.
-
-  Attributes:
-    grid: the compressed grid; None for a model without one.
-    probabilities: `[n, classes]`, float32: of a softmax, or for each class by
-      itself of a sigmoid, as the run was trained; None for captions.
-    classes: their names; None for captions.
-    captions: one of each image; None for classes.
-  """
-
-  grid: tokens.Grid | None
-  probabilities: np.ndarray | None = None
-  classes: Sequence[str] | None = None
-  captions: list[str] | None = None
-
-  def top(self, count: int = 5) -> list[list[tuple[str, float]]]:
-    """Of each image the most probable classes, with their probabilities.
-
-    Raises:
-      ValueError: these are captions.
-    """
-    if self.probabilities is None:
-      raise ValueError("A captioner has captions, no classes.")
-    best = np.argsort(-self.probabilities, axis=-1, kind="stable")[:, :count]
-    return [
-      [(self.classes[i], float(row[i])) for i in places]
-      for row, places in zip(self.probabilities, best, strict=True)
-    ]
-
-
-class Predictor:
-  """A model with the preprocessing that it is evaluated with, on one device.
-
-  Make it with `load`. Where `images` are asked for, they are
-    paths of image files, or of videos for a model of clips: they are read by
-      the op-string `pp`;
-    or decoded ones, uint8 `[height, width, 3]`, clips `[time, height, width,
-      3]`: likewise;
-    or what `preprocess` returns, float32 `[n, *image_size, 3]`, usually in [-1,
-      1]: this needs no TensorFlow.
-  `grid` is the compressed grid, a tuple; the model's own where none is given.
-  Batches are filled up to `batch_size`, so that a function is compiled once for
-  a grid.
+def find(names: Iterable[str], extensions: Sequence[str]) -> list[File]:
+  """Files by names, each of them once.
 
   Args:
-    config: of a run, resolved.
-    params: of its model; None until there are any.
-    step: of the training, that the parameters are of.
-    classes: their names; numbers where none are given.
-    pp: op-string; that of the evaluator where none is given.
-    evaluator: the name of one in `config.evals`; that which the run is judged
-      by where none is given (see `config_utils.evaluation`).
-    batch_size: of images, or views of clips, that are computed at once.
+    names: of files, whatever their extension; of folders, for the files in and
+      below them with one of the extensions, sorted, but for hidden ones; or
+      patterns as a shell has them, where `**` stands for any folders.
+    extensions: as ".jpg".
 
-  Attributes:
-    config: likewise.
-    params: likewise.
-    step: likewise.
-    classes: likewise; None of a captioner.
-    pp: likewise; None where there is neither it nor an evaluator.
-    views: of each example, as the evaluator has them; logits are averaged.
-    program: the `Program`, over one device.
-    model: its model.
-    grids: the compressed grids of the training; [None] of a model without any.
-    image_size: (rows, columns), or (time, rows, columns) of clips.
-    batch_size: see above.
-
-  Raises:
-    ValueError: anything that cannot work.
+  Returns:
+    The files, in the order of the names; of a name that stands for none, the
+    name itself and why.
   """
+  found = {}
+  for name in names:
+    for file in _of_name(name, tuple(extensions)):
+      found.setdefault(file.path, file)
+  return list(found.values())
 
-  def __init__(
-    self,
-    config: ml_collections.ConfigDict,
-    params: Any = None,
-    *,
-    step: int | None = None,
-    classes: Sequence[str] | None = None,
-    pp: str | None = None,
-    evaluator: str | None = None,
-    batch_size: int = _BATCH_SIZE,
-  ):
-    if type(batch_size) is not int or batch_size < 1:
-      raise ValueError(f"batch_size={batch_size!r}: want an integer >= 1.")
-    self.config = config
-    self.params, self.step = params, step
-    self.batch_size = batch_size
-    self.image_size = tuple(config.input.image_size)
-    self.pp, self.views = pp, 1
-    if pp is None and (config.evals or evaluator):
-      fields = config_utils.evaluation(config, evaluator)
-      self.pp, self.views = fields.pp_fn, fields.get("views", 1)
-    config = config.copy_and_resolve_references()
-    config.mesh, config.sharding = [("data", -1)], "replicated"
-    # What only an update would need of a batch is not asked of this one.
-    config.grad_accum_steps = 1
-    config.mixup.p = config.cutmix.p = 0.0
-    self.program = Program(config, config.total_steps, jax.local_devices()[:1])
-    self.model = self.program.model
-    self.grids = self.program.grids
-    self._encoder = getattr(self.model, "encoder", self.model)
-    self._functions = {}
-    self._told = set()
-    self.classes = None
-    if self._captions:
-      self._search = _search(config, evaluator)
+
+def _of_name(name, extensions) -> Iterator[File]:
+  path = epath.Path(name).expanduser()
+  if name and path.is_dir():
+    yield from _below(name, path, extensions)
+  elif name and path.is_file():
+    yield File(name)
+  elif glob.has_magic(name):
+    matches = sorted(glob.glob(os.fspath(path), recursive=True))
+    for match in matches:
+      yield from _of_name(match, extensions)
+    if not matches:
+      yield File(name, "no file matches")
+  else:
+    yield File(name, "no file" if name and path.exists() else "no such file")
+
+
+def _below(name, folder, extensions) -> Iterator[File]:
+  paths = list(_walk(folder, extensions))
+  if not paths:
+    yield File(name, f"a folder without files {', '.join(extensions)}")
+  yield from map(File, paths)
+
+
+def _walk(folder, extensions) -> Iterator[str]:
+  for path in sorted(folder.iterdir()):
+    if path.name.startswith("."):
+      continue
+    if path.is_dir():
+      yield from _walk(path, extensions)
+    elif path.name.lower().endswith(extensions):
+      yield os.fspath(path)
+
+
+def rows(
+  predictor: Predictor, files: Sequence[File], grid: Any = None, top: int = 5
+) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
+  """Reads files, and predicts from those that can be read.
+
+  Files are read ahead, in threads, while the model computes.
+
+  Args:
+    predictor: of the run.
+    files: of `find`.
+    grid: compressed grid; the model's own where none is given.
+    top: how many classes, the most probable ones.
+
+  Yields:
+    In the order of the files, a row as it is written, and the image as the
+    model takes it. A row has `file` and either `error`; or `grid`, as "3x3" or
+    None, and `caption` or `classes`, a list of `class` and `probability`.
+  """
+  read_one = predictor.reader  # Made here, for all threads.
+
+  def read(file):
+    if file.error is not None:
+      return file.path, file.error
+    try:
+      return file.path, read_one(file.path)
+    except ValueError as e:
+      return file.path, str(e).removeprefix(f"{file.path}: ")
+
+  size = max(1, predictor.batch_size // predictor.views)
+  count, pending = 0, []
+  results = loops.in_threads(read, files)
+  for one in loops.progress(results, len(files), "predict", "file", every=5):
+    pending.append(one)
+    count += not isinstance(one[1], str)
+    if count == size:
+      yield from _rows_of(predictor, pending, grid, top)
+      count, pending = 0, []
+  yield from _rows_of(predictor, pending, grid, top)
+
+
+def _rows_of(predictor, read, grid, top):
+  images = [image for _, image in read if not isinstance(image, str)]
+  predictions = iter(())
+  if images:
+    found = predictor.predict(np.stack(images), grid)
+    name = None if found.grid is None else config_utils.format_grid(found.grid)
+    if found.captions is not None:
+      each = [{"caption": caption} for caption in found.captions]
     else:
-      names = classes or map(str, range(config.num_classes))
-      self.classes = list(names)
-      if len(self.classes) != config.num_classes:
-        raise ValueError(
-          f"{len(self.classes)} names of classes, config.num_classes is "
-          f"{config.num_classes}."
-        )
+      each = [
+        {"classes": [{"class": c, "probability": p} for c, p in best]}
+        for best in found.top(top)
+      ]
+    predictions = ({"grid": name} | one for one in each)
+  for path, image in read:
+    if isinstance(image, str):
+      yield {"file": path, "error": image}, None
+    else:
+      yield {"file": path} | next(predictions), image
 
-  @property
-  def _captions(self):
-    return hasattr(self.model, "start")
 
-  def check_grid(self, grid: tokens.Grid | None) -> tokens.Grid | None:
-    """The grid that is computed at where this one is asked for.
+def as_json(row: Mapping[str, Any]) -> str:
+  """A row as a line of JSON."""
+  return json.dumps(row)
 
-    Says so where the run was not trained at it.
 
-    Raises:
-      ValueError: the model has no such grid.
-    """
-    if self.grids == [None]:
-      if grid is not None:
-        raise ValueError(
-          f"grid={grid!r}: model {self.config.model_name!r} has no compressed "
-          "grid."
-        )
-      return None
-    grid = self.model.grid if grid is None else grid
-    if isinstance(grid, str) or not all(isinstance(g, int) for g in grid):
-      raise ValueError(f"grid={grid!r}: want a tuple of integers, as (3, 3).")
-    grid = tokens.check_grid(grid, self.model.lookup_grid(self.image_size))
-    if grid not in self.grids and grid not in self._told:
-      self._told.add(grid)
-      log.info(
-        "The run was not trained at %s, only at %s.",
-        config_utils.format_grid(grid),
-        ", ".join(map(config_utils.format_grid, self.grids)),
-      )
-    return grid
-
-  def preprocess(self, images: Any) -> np.ndarray:
-    """Images as the model takes them.
-
-    Args:
-      images: see above.
-
-    Returns:
-      `[n, *image_size, 3]`, float32; `[n, views, *image_size, 3]` where there
-      are several.
-
-    Raises:
-      ValueError: a file that cannot be read, it is named; or something else.
-    """
-    if isinstance(images, str | os.PathLike):
-      images = [images]
-    if not len(images):
-      raise ValueError("Want at least one image.")
-    dtype = getattr(images[0], "dtype", np.uint8)
-    if jnp.issubdtype(dtype, jnp.floating):
-      return self._as_they_are(np.asarray(images, np.float32))
-    return np.stack([self.reader(image) for image in images])
-
-  def _as_they_are(self, images):
-    want = (*self.image_size, 3)
-    views = (self.views, *want)
-    if images.shape[1:] not in (want, views):
-      raise ValueError(
-        f"Images of shape {images.shape}: want float32 [n, "
-        f"{', '.join(map(str, want))}] in [-1, 1], or uint8 images or paths."
-      )
-    return images
-
-  @functools.cached_property
-  def reader(self) -> Any:
-    """The `image_files.Reader` of the op-string."""
-    from lookup_vit import image_files  # It wants TensorFlow, arrays do not.
-
-    if self.pp is None:
-      config_utils.evaluation(self.config)  # It says what is missing.
-    return image_files.Reader(self.pp, self.image_size, self.views)
-
-  def _batches(self, images) -> Iterator[np.ndarray]:
-    """Preprocessed, so many at a time that not all are in memory."""
-    if isinstance(images, str | os.PathLike):
-      images = [images]
-    size = max(1, self.batch_size // self.views)
-    for start in range(0, max(1, len(images)), size):
-      yield self.preprocess(images[start : start + size])
-
-  def _compute(self, what, images, grid, *options):
-    """`what` of each view `[n, views, ...]`; a tree of arrays."""
-    key = (what, options)
-    if key not in self._functions:
-      function = functools.partial(getattr(self, f"_{what}"), *options)
-      self._functions[key] = self.program.compile(
-        function, parallel.replicated(self.program.mesh), static_argnums=2
-      )
-    found = []
-    for batch in self._batches(images):
-      views = batch.reshape(-1, *self.image_size, 3)
-      for start in range(0, len(views), self.batch_size):
-        part = views[start : start + self.batch_size]
-        fill = [(0, self.batch_size - len(part)), *[(0, 0)] * (part.ndim - 1)]
-        rows = self._functions[key](self.params, np.pad(part, fill), grid)
-        found.append(_first(jax.device_get(rows), len(part)))
-    per = views.shape[0] // batch.shape[0]
-    return jax.tree.map(
-      lambda *x: np.concatenate(x).reshape(-1, per, *x[0].shape[1:]), *found
+def as_text(row: Mapping[str, Any], width: int) -> str:
+  """A row for people: the file, in so many columns, and what it is."""
+  if "caption" in row:
+    said = row["caption"]
+  else:
+    said = "  ".join(
+      f"{one['class']} {one['probability']:.1%}" for one in row["classes"]
     )
-
-  def predict(
-    self, images: Any, grid: tokens.Grid | None = None
-  ) -> Predictions:
-    """Probabilities of classes, or captions.
-
-    Captions are found as by the run's evaluator of captions.
-
-    Args:
-      images: see above.
-      grid: likewise.
-
-    Raises:
-      ValueError: a file that cannot be read, or images or a grid that do not
-        fit the model.
-    """
-    grid = self.check_grid(grid)
-    if self._captions:
-      ids = self._compute("caption", images, grid)[:, 0]
-      return Predictions(grid, captions=list(map(self._words.decode, ids)))
-    logits = self._compute("logits", images, grid).mean(1)
-    probabilities = np.asarray(self.program.task.probabilities(logits))
-    return Predictions(grid, probabilities, self.classes)
-
-  def features(
-    self,
-    images: Any,
-    grid: tokens.Grid | None = None,
-    features: str | None = None,
-    block: int | None = None,
-  ) -> np.ndarray:
-    """One vector of each image: a mean of the encoder's tokens.
-
-    Args:
-      images: see above.
-      grid: likewise.
-      features: as `pooling.check` takes them.
-      block: likewise.
-
-    Returns:
-      `[n, width]`, float32; for both features `[n, 2 * width]`. The mean of
-      several views.
-
-    Raises:
-      ValueError: as of `predict` or `pooling.check`.
-    """
-    grid = self.check_grid(grid)
-    pooling.check(self._encoder, features, block)
-    return self._compute("features", images, grid, features, block).mean(1)
-
-  def tokens(
-    self, images: Any, grid: tokens.Grid | None = None
-  ) -> dict[str, np.ndarray]:
-    """The tokens at the end of the encoder.
-
-    Args:
-      images: see above.
-      grid: likewise.
-
-    Returns:
-      By name, as the model has them: of a LookupViT `compressed_tokens [n, m,
-      width]` and `lookup_tokens`, of a ViT `tokens`; `[n, views, ...]` where
-      there are several.
-
-    Raises:
-      ValueError: as of `predict`.
-    """
-    found = self._compute("tokens", images, self.check_grid(grid))
-    if self.views > 1:
-      return found
-    return {name: x[:, 0] for name, x in found.items()}
-
-  def _logits(self, params, images, grid):
-    fields = {} if grid is None else {"grid": grid}
-    return self.model.apply({"params": params}, images, **fields)[0]
-
-  @functools.cached_property
-  def _words(self):
-    return tokenizer.load(self.config.tokenizer)
-
-  def _caption(self, params, images, grid):
-    fields = {} if grid is None else {"grid": grid}
-    return decoding.caption(
-      self.model,
-      params,
-      images,
-      begin=self._words.begin,
-      end=self._words.end,
-      **self._search,
-      **fields,
-    )
-
-  def _encode(self, params, images, grid, capture):
-    fields = {} if grid is None else {"grid": grid}
-    params = {"params": params.get("encoder", params)}
-    return self._encoder.apply(params, images, capture=capture, **fields)[1]
-
-  def _features(self, features, block, params, images, grid):
-    out = self._encode(params, images, grid, pooling.capture(block))
-    return pooling.pool(out, features, block)
-
-  def _tokens(self, params, images, grid):
-    out = self._encode(params, images, grid, ("tokens",))
-    return {
-      name: x
-      for name, x in out.items()
-      if "tokens" in name and "block_" not in name
-    }
+  return f"{row['file']:<{width}}  {said}"
 
 
-def _first(tree, count):
-  return jax.tree.map(lambda x: x[:count], tree)
-
-
-def _search(config, name):
-  """How captions are searched for: as by the run's evaluator of captions."""
-  names = [name] if name else config_utils.evals_in_order(config.evals)
-  all_fields = [config.evals[name] for name in names]
-  of = [f for f in all_fields if f.get("type") == "captions"]
-  fields = of[0] if of else {}
-  return dict(
-    beams=fields.get("beams", decoding.BEAMS),
-    alpha=fields.get("alpha", decoding.ALPHA),
-    length=fields.get("max_length"),
-  )
-
-
-def prepare(workdir: str, step: int | None = None, **options: Any) -> Predictor:
-  """As `load`, without parameters: what can be wrong is found before these."""
-  config = config_utils.read_workdir(workdir)
-  checkpoints.check(workdir, step)
-  if config.tokenizer is not None:
-    config.tokenizer = tokenizer.of_workdir(workdir)
-    tokenizer.of_config(config)
-  classes = checkpoints.read_classes(workdir)
-  return Predictor(config, classes=classes, **options)
-
-
-def load(workdir: str, step: int | None = None, **options: Any) -> Predictor:
-  """A run's model, ready to predict.
-
-  Args:
-    workdir: of a training run.
-    step: of a checkpoint; the newest where none is given.
-    **options: `pp`, `evaluator` and `batch_size` of `Predictor`.
+def check_attention(
+  predictor: Predictor, path: str, count: int, grid: Any = None
+) -> list[Any]:
+  """The grids whose attention is drawn for so many files.
 
   Raises:
-    ValueError: no work directory, no such checkpoint, a damaged one, or an
-      option that cannot work.
+    ValueError: the model has none, there is no such folder, or files are too
+      many for a picture.
   """
-  predictor = prepare(workdir, step, **options)
-  predictor.params, predictor.step, _ = checkpoints.load_params(workdir, step)
-  return predictor
+  from lookup_vit.analysis import attention_maps, cross_attention
+
+  cross_attention.encoder(predictor.program)
+  check_file(path)
+  grids = predictor.grids if grid is None else [grid]
+  if len(predictor.image_size) == 3:
+    grids = grids[:1]
+    if predictor.views > 1:
+      raise ValueError(
+        f"{predictor.views} views of a video cannot be drawn: choose an "
+        "evaluator with one."
+      )
+  attention_maps.check_count(count * len(grids), 5)
+  return grids
+
+
+def check_file(path: str) -> None:
+  """Raises ValueError unless there is a folder to write the file in."""
+  file = epath.Path(path).expanduser()
+  if not path or not file.parent.is_dir() or file.is_dir():
+    raise ValueError(f"{path!r}: want a file in a directory there is.")
+
+
+def draw_attention(
+  predictor: Predictor, path: str, images: np.ndarray, grids: Sequence[Any]
+) -> None:
+  """Draws which lookup tokens compressed tokens read, as a PNG.
+
+  Args:
+    predictor: of the run.
+    path: the PNG to write.
+    images: as the model takes them.
+    grids: of `check_attention`.
+  """
+  from lookup_vit.analysis import attention_clips, attention_maps
+
+  path = os.path.expanduser(path)
+  program, params = predictor.program, predictor.params
+  if len(predictor.image_size) == 3:
+    attention_clips.write(path, program, params, images, grids[0])
+  else:
+    found = attention_maps.token_rows(program, params, images, grids)
+    attention_maps.draw(path, found)
+
+
+def main(argv):
+  """Predicts by the flags; exits with 1 where a file could not be read."""
+  if len(argv) < 2:
+    raise ValueError("Name files, folders or patterns: want at least one.")
+  if FLAGS.top < 1:
+    raise ValueError(f"--top={FLAGS.top}: want an integer >= 1.")
+  with config_utils.at_fault("--output"):
+    if FLAGS.output not in ("", "-"):
+      check_file(FLAGS.output)
+  options = dict(pp=FLAGS.pp, evaluator=FLAGS.evaluator)
+  predictor = prepare(
+    FLAGS.workdir, FLAGS.step, batch_size=FLAGS.batch_size, **options
+  )
+  grid = None
+  with config_utils.at_fault("--grid"):
+    if FLAGS.grid:
+      grid = predictor.check_grid(config_utils.parse_grid(FLAGS.grid))
+  files = find(argv[1:], predictor.reader.extensions)
+  good = [file for file in files if file.error is None]
+  with config_utils.at_fault("--attention"):
+    if FLAGS.attention:
+      drawn = check_attention(predictor, FLAGS.attention, len(good), grid)
+  # No larger than is needed, as it is always filled.
+  predictor.batch_size = min(
+    FLAGS.batch_size, max(1, len(good) * predictor.views)
+  )
+  if good:
+    startup.keep_programs()
+    predictor.restore(FLAGS.workdir, FLAGS.step)
+    log.info("Step %d of %s.", predictor.step, FLAGS.workdir)
+  wrong, images = 0, []
+  width = max(len(file.path) for file in files)
+  with _output() as lines:
+    for row, image in rows(predictor, files, grid, FLAGS.top):
+      if lines:
+        print(as_json(row), file=lines, flush=True)
+      if "error" in row:
+        wrong += 1
+        print(f"error: {row['file']}: {row['error']}", file=sys.stderr)
+      elif FLAGS.output != "-":
+        print(as_text(row, width), flush=True)
+      if FLAGS.attention and image is not None:
+        images.append(image)
+  if images:
+    draw_attention(predictor, FLAGS.attention, np.stack(images), drawn)
+    log.info("Drawn: %s", FLAGS.attention)
+  if wrong:
+    log.info("%d of %d files could not be read.", wrong, len(files))
+    sys.exit(1)
+
+
+def _output():
+  """The file of JSON lines, or None, to be used by `with`."""
+  if FLAGS.output in ("", "-"):
+    return contextlib.nullcontext(sys.stdout if FLAGS.output else None)
+  return epath.Path(FLAGS.output).expanduser().open("w")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "Of a training run.", required=True)
+  flags.DEFINE_string("grid", "", "Compressed grid, as 3x3; the model's own.")
+  flags.DEFINE_integer("top", 5, "Classes of an image, the most probable.")
+  flags.DEFINE_integer("batch_size", 8, "Images computed at once.")
+  flags.DEFINE_string("output", "", "File of JSON lines to write; - is stdout.")
+  flags.DEFINE_string("attention", "", "PNG to draw attention maps into.")
+  flags.DEFINE_string("pp", None, "Op-string; the evaluator's if not set.")
+  flags.DEFINE_string(
+    "evaluator", None, "Whose preprocessing; val or else test, if not set."
+  )
+  flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
+  FLAGS.set_gnu_getopt()  # Flags may stand behind files.
+  cli.run(main, takes_command=True)

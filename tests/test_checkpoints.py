@@ -28,6 +28,19 @@ def copy(run, tmp_path):
   return config, target, state
 
 
+def test_classes(tmp_path):
+  workdir = str(tmp_path / "run")
+  assert checkpoints.read_classes(workdir) is None
+  names = ["tabby cat", "Bär", 'a "quoted" one']
+  checkpoints.write_classes(workdir, names)
+  assert os.listdir(workdir) == ["classes.json"]
+  assert checkpoints.read_classes(workdir) == names
+  for text in ('["a', '{"a": 1}', '["a", 1]'):
+    (tmp_path / "run" / "classes.json").write_text(text)
+    with pytest.raises(ValueError, match="classes.json is damaged"):
+      checkpoints.read_classes(workdir)
+
+
 def _largest_file(folder):
   files = [
     os.path.join(root, name)

@@ -36,12 +36,41 @@ def test_sizes(digits, folder):
   assert datasets.num_examples(config) == 20
 
 
+def test_names_of_classes(digits, folder):
+  assert datasets.class_names(folder) == ["cat", "dog"]
+  assert datasets.class_names(digits) == list("0123456789")
+  mixture = [dict(folder, weight=1.0), dict(folder, weight=2.0)]
+  assert datasets.class_names(dict(mixture=mixture)) == ["cat", "dog"]
+  with pytest.raises(ValueError, match="2 of .* 10 of"):
+    datasets.class_names(dict(mixture=[mixture[0], dict(digits, weight=1.0)]))
+
+
+@pytest.mark.parametrize(
+  ("data", "fps", "short_side", "seconds"),
+  [
+    (dict(module="data.video_folder", folder="not there"), 25.0, 256, 60.0),
+    (dict(module="data.kinetics400"), 25.0, 256, 10.0),
+    (dict(module="data.something_something_v2"), 12.0, 240, 30.0),
+  ],
+)
+def test_how_videos_became_frames(data, fps, short_side, seconds):
+  assert datasets.frame_options(data) == dict(
+    fps=fps, short_side=short_side, qscale=3, max_seconds=seconds
+  )
+
+
+def test_sets_that_do_not_say_how_videos_became_frames():
+  for data in (dict(name="ucf101"), dict(module="data.moving_digits")):
+    assert datasets.frame_options(data) == {}
+
+
 def test_classes_of_a_set_without_labels(digits, monkeypatch):
   features = {"image": datasets.get_builder(digits).info.features["image"]}
   info = types.SimpleNamespace(features=features)
   builder = types.SimpleNamespace(info=info)
   monkeypatch.setattr(datasets, "get_builder", lambda data: builder)
   assert datasets.num_classes(digits) is None
+  assert datasets.class_names(digits) is None
 
 
 def test_module_is_built_once(tmp_path, caplog):

@@ -1,12 +1,15 @@
 """Tests of lookup_vit/image_files.py."""
 
 import io
+import pathlib
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from lookup_vit import image_files
+from tests import video_files
 
 PP = "decode|resize((6, 8))|value_range(-1,1)|keep('image','label')"
 
@@ -71,6 +74,63 @@ def test_ops_on_what_a_file_has_not_are_left_out(photo, tmp_path):
   want = image_files.read([path], PP, (6, 8))
   found = image_files.read([path], pp, (6, 8))
   np.testing.assert_array_equal(found, want)
+
+
+def test_what_is_odd_is_upright_and_on_white(photo, tmp_path):
+  pp, size = "decode|value_range(0,255)", (16, 12)
+  exif = Image.Exif()
+  exif[0x0112] = 6  # To be turned clockwise.
+  turned = [
+    save(tmp_path / name, Image.fromarray(photo), exif=exif, **options)
+    for name, options in (
+      ("a.jpg", {}),
+      ("a.png", {}),
+      ("a.webp", dict(lossless=True)),
+    )
+  ]
+  images = image_files.read(turned, pp, size)
+  # The very pixels that evaluation has, before they are turned.
+  content = pathlib.Path(turned[0]).read_bytes()
+  jpeg = tf.io.decode_jpeg(content, 3, dct_method="INTEGER_ACCURATE").numpy()
+  for image, want in zip(images, (jpeg, photo, photo), strict=True):
+    np.testing.assert_array_equal(image, want[::-1].swapaxes(0, 1))
+
+  alpha = Image.fromarray(photo)
+  alpha.putalpha(Image.fromarray((photo[..., 0] > 60).astype(np.uint8) * 255))
+  path = save(tmp_path / "alpha.png", alpha)
+  [image] = image_files.read([path], pp, photo.shape[:2])
+  want = np.where(photo[..., :1] > 60, photo, 255)
+  np.testing.assert_array_equal(image, want)
+
+
+def test_decoded_images(photo, tmp_path):
+  path = save(tmp_path / "a.png", Image.fromarray(photo))
+  reader = image_files.Reader(PP, (6, 8))
+  np.testing.assert_array_equal(reader(photo), reader(path))
+  with pytest.raises(ValueError, match="image: .*wants an image"):
+    reader(np.stack([photo] * 3))
+
+
+def test_videos(tmp_path):
+  pp = "central_clip(2)|decode_clip|unfold_clip(2)|value_range(0,255)"
+  frames = video_files.pattern(6, 16, 24)
+  path = tmp_path / "a.mp4"
+  video_files.write_video(path, frames)
+  reader = image_files.Reader(pp, (2, 16, 24))
+  clip = reader(str(path))
+  np.testing.assert_allclose(
+    video_files.greys(clip), video_files.greys(frames[2:4]), atol=4
+  )
+  np.testing.assert_array_equal(reader(frames), frames[2:4])
+  # Every second frame of the six.
+  reader = image_files.Reader(pp, (2, 16, 24), frame_options=dict(fps=12.5))
+  greys = video_files.greys(reader(str(path)))
+  assert greys[1] - greys[0] > 1.5 * np.diff(video_files.greys(clip))[0]
+  with pytest.raises(ValueError, match=f"{path}: a video by its name"):
+    image_files.Reader(PP, (6, 8))(str(path))
+  other = save(tmp_path / "a.png", Image.fromarray(frames[0]))
+  with pytest.raises(ValueError, match=f"{other}: ffmpeg failed"):
+    reader(other)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def test_leaves_what_a_person_wants(run):
   names = set(os.listdir(workdir))
   assert {
     "config.json",
+    "classes.json",
     "checkpoints",
     "metrics.jsonl",
     "environment.jsonl",
@@ -53,6 +54,7 @@ def test_leaves_what_a_person_wants(run):
     "attention_maps.png",
   } <= names
   assert any(n.startswith("events.out.tfevents") for n in names)
+  assert checkpoints.read_classes(workdir) == list("0123456789")
   rows = small.results(workdir)
   assert [r["grid"] for r in rows] == ["2x2", "1x3"]
   assert rows[0]["gflops"] > rows[1]["gflops"] > 0

@@ -10,7 +10,7 @@ import csv
 import logging
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from etils import epath
@@ -30,6 +30,10 @@ _WANTED = (
   "wanted the layout FOLDER/SPLIT/CLASS/*.mp4 "
   f"({', '.join(e for e in video_frames.EXTENSIONS if e != '.mp4')})"
 )
+
+
+# Of `video_builder.VideoConfig`.
+_FRAMES = dict(fps=25.0)
 
 
 class Video(NamedTuple):
@@ -136,8 +140,14 @@ class Builder(video_builder.VideoBuilder, skip_registration=True):
     self._root = folders.whole_path(folder)
     listing = [(*v.parts, v.size, v.changed) for v in self._videos]
     name = folders.config_name(self._root, listing)
-    config = video_builder.VideoConfig(name=name, fps=25.0)
+    config = video_builder.VideoConfig(name=name, **_FRAMES)
     super().__init__(**{**kwargs, "config": config})
+
+  @classmethod
+  def frame_options(cls, config: str = "") -> dict[str, Any]:
+    """Returns the options of `read_frames`; there is no `config`."""
+    del config
+    return video_builder.frame_options(video_builder.VideoConfig(**_FRAMES))
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(

@@ -142,7 +142,7 @@ def token_rows(
     places = cross_attention.evenly_spaced(grids[0], 4)
   cross_attention.check_places(places, grids[0])
   count = len(images) * len(grids) * len(blocks) * len(heads or [None])
-  _check_count(count, len(places) + 1)
+  check_count(count, len(places) + 1)
   height, width = images.shape[1:3]
   rows = []
   for image, labelled in _each(program, params, images, grids, blocks, heads):
@@ -182,7 +182,7 @@ def grid_rows(
     ValueError: as of `cross_attention.maps`, or too many for a picture.
   """
   count = len(grids) * len(blocks) * len(heads or [None])
-  _check_count(len(images), count + 1)
+  check_count(len(images), count + 1)
   rows = []
   for image, labelled in _each(program, params, images, grids, blocks, heads):
     panels = [Panel("input", as_pixels(image))]
@@ -221,7 +221,7 @@ def _each(
     yield image, labelled
 
 
-def _check_count(rows, columns):
+def check_count(rows, columns):
   if max(rows, columns) > _MOST:
     raise ValueError(
       f"{rows} rows of {columns} are too many for a picture, which has at most "

@@ -278,3 +278,17 @@ def test_errors(fields, words):
     make_task(**fields)
   for word in words:
     assert word in str(e.value), str(e.value)
+
+
+@pytest.mark.parametrize("loss", XENT)
+def test_probabilities(loss):
+  logits, _ = make_logits(5, 7, heads=False)
+  found = make_task(loss=loss).probabilities(logits)
+  # Of each class, as the loss has it for that class alone.
+  z = logits.astype(np.float64)
+  if loss == "softmax_xent":
+    eye = np.broadcast_to(np.eye(7)[:, None], (7, 5, 7))
+    want = np.exp(-np.stack([softmax_xent(z, one) for one in eye], axis=1))
+  else:
+    want = np.exp(-sigmoid_xent(z[..., None], np.ones((5, 7, 1))))
+  np.testing.assert_allclose(found, want, 1e-5)
