@@ -139,6 +139,7 @@ class Predictor:
     if self._captions:
       self._search = _search(config, evaluator)
     else:
+      self._probabilities = jax.jit(self.program.task.probabilities)
       names = classes or map(str, range(config.num_classes))
       self.classes = list(names)
       if len(self.classes) != config.num_classes:
@@ -204,9 +205,16 @@ class Predictor:
       images = [images]
     if not len(images):
       raise ValueError("Want at least one image.")
-    dtype = getattr(images[0], "dtype", np.uint8)
-    if jnp.issubdtype(dtype, jnp.floating):
-      return self._as_they_are(np.asarray(images, np.float32))
+    first = images[0]
+    if not isinstance(first, str | os.PathLike):
+      dtype = getattr(first, "dtype", np.dtype(object))
+      if jnp.issubdtype(dtype, jnp.floating):
+        return self._as_they_are(np.asarray(images, np.float32))
+      if dtype != np.uint8:
+        raise ValueError(
+          f"Images are {type(first).__name__}: want paths, or arrays of uint8 "
+          "or float32."
+        )
     return np.stack(list(loops.in_threads(self.reader, images)))
 
   def _as_they_are(self, images):
@@ -248,18 +256,25 @@ class Predictor:
       self._functions[key] = self.program.compile(
         function, parallel.replicated(self.program.mesh), static_argnums=2
       )
+    function = functools.partial(self._functions[key], self.params)
     found = []
     for batch in self._batches(images):
       views = batch.reshape(-1, *self.image_size, 3)
-      for start in range(0, len(views), self.batch_size):
-        part = views[start : start + self.batch_size]
-        fill = [(0, self.batch_size - len(part)), *[(0, 0)] * (part.ndim - 1)]
-        rows = self._functions[key](self.params, np.pad(part, fill), grid)
-        found.append(_first(jax.device_get(rows), len(part)))
-    per = views.shape[0] // batch.shape[0]
+      found.append(self._in_batches(lambda x: function(x, grid), views))
+    per = len(views) // len(batch)
     return jax.tree.map(
       lambda *x: np.concatenate(x).reshape(-1, per, *x[0].shape[1:]), *found
     )
+
+  def _in_batches(self, function, x):
+    """What a function makes of the rows of an array; a tree of arrays."""
+    found = []
+    for start in range(0, len(x), self.batch_size):
+      part = x[start : start + self.batch_size]
+      fill = [(0, self.batch_size - len(part)), *[(0, 0)] * (x.ndim - 1)]
+      made = jax.device_get(function(np.pad(part, fill)))
+      found.append(_first(made, len(part)))
+    return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
   def predict(
     self, images: Any, grid: tokens.Grid | None = None
@@ -281,7 +296,7 @@ class Predictor:
       ids = self._compute("caption", images, grid)[:, 0]
       return Predictions(grid, captions=list(map(self._words.decode, ids)))
     logits = self._compute("logits", images, grid).mean(1)
-    probabilities = np.asarray(self.program.task.probabilities(logits))
+    probabilities = self._in_batches(self._probabilities, logits)
     return Predictions(grid, probabilities, self.classes)
 
   def features(

@@ -4,7 +4,8 @@ import json
 import os
 
 from data.digit_captions import Builder
-from lookup_vit import config_utils
+from lookup_vit import checkpoints, config_utils, train_step
+from tests.models import common
 
 # isort: split
 import tensorflow_datasets as tfds
@@ -39,6 +40,18 @@ def results(workdir):
   """The rows of `results.json`."""
   with open(os.path.join(workdir, "results.json")) as f:
     return json.load(f)
+
+
+def write_run(workdir, config, step=2):
+  """What a training leaves, of random parameters, which it returns."""
+  config = config_utils.resolve(config)
+  program = train_step.Program(config, config.total_steps)
+  params = common.random_like(program.state_shapes.params)
+  checkpoints.write_config(workdir, config)
+  store = checkpoints.Checkpoints(workdir)
+  store.save(step, program.init_state(params))
+  store.close()
+  return params
 
 
 def digit_captions(data_dir: str, count: int = 64) -> None:

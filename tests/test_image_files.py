@@ -107,7 +107,7 @@ def test_decoded_images(photo, tmp_path):
   path = save(tmp_path / "a.png", Image.fromarray(photo))
   reader = image_files.Reader(PP, (6, 8))
   np.testing.assert_array_equal(reader(photo), reader(path))
-  with pytest.raises(ValueError, match="image: .*wants an image"):
+  with pytest.raises(ValueError, match="decode wants an image"):
     reader(np.stack([photo] * 3))
 
 
