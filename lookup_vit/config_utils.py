@@ -293,7 +293,8 @@ def evaluation(
   Raises:
     ValueError: none has, or this one has not.
   """
-  having = [n for n in evals_in_order(config.evals) if _pp_fn(config.evals[n])]
+  names = evals_in_order(config.evals)
+  having = [n for n in names if config.evals[n].get("pp_fn")]
   if name is None and not having:
     raise ValueError(
       "config.evals: no evaluator says how to read images (pp_fn)."
@@ -304,10 +305,6 @@ def evaluation(
       f"(pp_fn); {', '.join(having) or 'none'} has."
     )
   return config.evals[name or having[0]]
-
-
-def _pp_fn(fields):
-  return fields.get("pp_fn")
 
 
 def _complete(defaults, given, where):

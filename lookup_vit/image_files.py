@@ -112,9 +112,12 @@ class Reader:
       made = "no image"
       if image is not None:
         made = f"{image.dtype.name} of shape {tuple(image.shape)}"
+      hint = "."
+      if self._key == "image" and len(self._size) == 2:
+        hint = f": --pp='decode|resize({self._size})|value_range(-1,1)'."
       raise ValueError(
         f"{name}: {self._pp!r} makes {made}, the model wants float32 of shape "
-        f"{want}: --pp='decode|resize({self._size})|value_range(-1,1)'."
+        f"{want}{hint}"
       )
     return image.numpy()
 

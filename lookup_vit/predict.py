@@ -74,7 +74,7 @@ def _of_name(name, extensions) -> Iterator[File]:
   path = epath.Path(name).expanduser()
   if name and path.is_dir():
     yield from _below(name, path, extensions)
-  elif name and path.is_file():
+  elif name and _is_file(name, path):
     yield File(name)
   elif glob.has_magic(name):
     matches = sorted(glob.glob(os.fspath(path), recursive=True))
@@ -84,6 +84,11 @@ def _of_name(name, extensions) -> Iterator[File]:
       yield File(name, "no file matches")
   else:
     yield File(name, "no file" if name and path.exists() else "no such file")
+
+
+def _is_file(name, path):
+  # No pipe, nor a device; a bucket has none.
+  return path.exists() if "://" in name else os.path.isfile(path)
 
 
 def _below(name, folder, extensions) -> Iterator[File]:

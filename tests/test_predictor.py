@@ -283,6 +283,16 @@ def test_vit(workdir, images):
       what(images, (2, 2))
 
 
+def test_linear_probe(workdir, images):
+  config = config_utils.read_workdir(workdir)
+  encoder = dict(variant="mu/8", depth=1, grid=(2, 2))
+  predictor = of(config, model_name="probe", model=dict(encoder=encoder))
+  variables = {"params": predictor.params}
+  logits, out = predictor.model.apply(variables, images, grid=(1, 3))
+  close(predictor.predict(images, (1, 3)).probabilities, softmax(logits))
+  close(predictor.features(images, (1, 3)), out["features"])
+
+
 def test_a_run_that_reads_images_of_one_size(workdir, paths):
   config = config_utils.read_workdir(workdir)
   pp = "decode|value_range(-1,1)|keep('image','label')"
