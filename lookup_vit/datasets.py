@@ -228,7 +228,7 @@ def frame_options(data: Mapping[str, Any]) -> dict[str, Any]:
   The data need not be there.
 
   Args:
-    data: a data description.
+    data: a data description; of a mixture, the first data set counts.
 
   Returns:
     Options of `video_frames.read_frames`; none of a data set that does not say.
@@ -236,7 +236,7 @@ def frame_options(data: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: if the module of the data cannot be imported.
   """
-  data = descriptions.check(data)
+  [(data, _, _), *_] = descriptions.mixture(data)
   if "module" not in data:
     return {}
   module, _, config = data["module"].partition(":")[0].partition("/")

@@ -6,6 +6,7 @@
 Arrays need no TensorFlow.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -88,7 +89,8 @@ class Predictor:
     params: likewise.
     step: likewise.
     classes: likewise; None of a captioner.
-    pp: likewise; None where there is neither it nor an evaluator.
+    pp: likewise, with an op that resizes where an evaluator's has none; None
+      where there is neither it nor an evaluator.
     views: of each example, as the evaluator has them; logits are averaged.
     program: the `Program`, over one device.
     model: its model.
@@ -118,12 +120,14 @@ class Predictor:
     self.batch_size = batch_size
     self.image_size = tuple(config.input.image_size)
     fields = {}
-    if evaluator or (config.evals and pp is None):
-      fields = config_utils.evaluation(config, evaluator)
+    if evaluator or pp is None:
+      # To predict from arrays, none has to say how to read files.
+      with contextlib.suppress(() if evaluator else ValueError):
+        fields = config_utils.evaluation(config, evaluator)
     self.pp, self.views = pp, fields.get("views", 1)
     if pp is None and "pp_fn" in fields:
       self.pp = _with_resize(fields.pp_fn, self.image_size[-2:])
-    self._data = fields.get("data")
+    self._data = fields.get("data") or config.input.data
     config = config.copy_and_resolve_references()
     config.mesh, config.sharding = [("data", -1)], "replicated"
     # What only an update would need of a batch is not asked of this one.
@@ -236,7 +240,7 @@ class Predictor:
     if self.pp is None:
       config_utils.evaluation(self.config)  # It says what is missing.
     options = {}
-    if self._data is not None and len(self.image_size) == 3:
+    if self._data and len(self.image_size) == 3:
       options = datasets.frame_options(self._data)
     return image_files.Reader(self.pp, self.image_size, self.views, options)
 

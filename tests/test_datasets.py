@@ -62,6 +62,9 @@ def test_how_videos_became_frames(data, fps, short_side, seconds):
 def test_sets_that_do_not_say_how_videos_became_frames():
   for data in (dict(name="ucf101"), dict(module="data.moving_digits")):
     assert datasets.frame_options(data) == {}
+  mixture = [dict(module="data.kinetics400", weight=1.0)]
+  mixture.append(dict(name="ucf101", weight=1.0))
+  assert datasets.frame_options(dict(mixture=mixture))["fps"] == 25.0
 
 
 def test_classes_of_a_set_without_labels(digits, monkeypatch):

@@ -303,7 +303,7 @@ def test_a_run_that_reads_images_of_one_size(workdir, paths):
   want = exact.astype(np.float32) / 127.5 - 1
   np.testing.assert_array_equal(predictor.preprocess(exact), want)
   # Nothing says how to read files: arrays are all that there is.
-  config.evals = {}
+  config.evals = dict(test=dict(type="classification"))
   predictor = Predictor(config)
   assert predictor.pp is None
   assert predictor.preprocess(want).shape == (1, *SIZE, 3)
@@ -418,6 +418,15 @@ def test_videos(of_videos, videos):
       close(predictor.features(want, grid), pooled)
     tokens = predictor.tokens(want, (2, 2, 2))["compressed_tokens"]
     assert tokens.shape[: 2 + len(views)] == (2, *views, 8)
+
+
+def test_videos_by_another_op_string(of_videos, videos):
+  """They become frames as those of the run's data all the same."""
+  [path] = map(str, videos.glob("val/down/*.mp4"))
+  pp = config_utils.read_workdir(of_videos).evals.val.pp_fn
+  want = lookup_vit.load(of_videos).preprocess(path)
+  found = lookup_vit.load(of_videos, pp=pp).preprocess(path)
+  np.testing.assert_array_equal(found, want)
 
 
 def test_decoded_videos(of_videos):

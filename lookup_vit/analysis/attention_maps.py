@@ -1,7 +1,7 @@
 r"""Which lookup tokens compressed tokens read, drawn over images.
 
 The cross-attention of LookupViT's blocks (arXiv:2407.12753, figures 1a, 6 and
-7), for image files of any kind that `decode` reads, from a work directory:
+7), for image files that `image_files.py` reads, from a work directory:
 
     python -m lookup_vit.analysis.attention_maps --workdir=WORKDIR \
         --images=a.jpg,b.png --output=maps.png
