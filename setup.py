@@ -30,8 +30,8 @@ setup(
     "numpy",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
-    "pillow",  # The embedded digits.
-    "safetensors",
+    "pillow>=10.1",  # The embedded digits, and images of many formats.
+    "safetensors",  # Published weights.
     "scikit-learn",  # The embedded digits.
     "scipy",
     "tensorboard",  # clu.metric_writers needs it.
