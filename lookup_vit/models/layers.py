@@ -250,7 +250,7 @@ def residual(
 ) -> Float[Array, "b n D"]:
   """`x + update`, under dropout and stochastic depth."""
   update = constrain(dropout(cfg, update), "batch", None, None)
-  kept = survival(cfg, module, len(x), drop_rate)
+  kept = survival(cfg, module, x.shape[0], drop_rate)
   if kept is not None:
     update = update * kept[:, None, None].astype(update.dtype)
   return x + update

@@ -246,7 +246,7 @@ class LookupViT(nn.Module):
       queries = self.param("compressed_queries", init, (*own, self.width))
       queries = queries.reshape(1, -1, self.width).astype(lookup.dtype)
       queries = tokens.resize_grid(queries, own, grid)
-      return jnp.tile(queries, (len(lookup), 1, 1))
+      return jnp.tile(queries, (lookup.shape[0], 1, 1))
     fits = {"resize": tokens.resize_grid, "average": tokens.pool_grid}
     if self.compressed_init not in fits:
       raise ValueError(

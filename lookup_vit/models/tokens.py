@@ -173,10 +173,10 @@ def _convolve_patches(images, kernel, strides, *args, **kwargs):
     grid = lookup_grid(images.shape[1:-1], strides)
     rank = len(grid)
     sides = [n for pair in zip(grid, strides, strict=True) for n in pair]
-    x = images.reshape(len(images), *sides, images.shape[-1])
+    x = images.reshape(images.shape[0], *sides, images.shape[-1])
     odd, even = range(1, 2 * rank, 2), range(2, 2 * rank + 1, 2)
     x = x.transpose(0, *odd, *even, 2 * rank + 1)
-    x = x.reshape(len(images), *grid, -1)
+    x = x.reshape(images.shape[0], *grid, -1)
     return x @ kernel.reshape(-1, kernel.shape[-1])
 
   def as_convolution(images, kernel):

@@ -97,7 +97,7 @@ class ViT(nn.Module):
     if self.pool == "tok":
       zeros = nn.initializers.zeros
       cls = self.param("cls", zeros, (1, 1, self.width)).astype(cfg.dtype)
-      x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x], axis=1)
+      x = jnp.concatenate([jnp.tile(cls, (x.shape[0], 1, 1)), x], axis=1)
     x = layers.dropout(cfg, x)
     x, captured = layers.apply_blocks(
       layers.EncoderBlock,

@@ -1,0 +1,370 @@
+"""Tests of lookup_vit/export.py and its formats."""
+
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from lookup_vit import (
+  checkpoints,
+  config_utils,
+  export,
+  export_programs,
+  export_safetensors,
+  train_step,
+)
+from lookup_vit.preprocess import get_preprocess_fn
+from tests import programs
+from tests.models import common
+
+# Neither the images nor the lookup grid (4, 6) are square.
+SIZE, GRID = (16, 24), (2, 3)
+PP = f"decode|resize({SIZE})|value_range(-1,1)|keep('image','label')"
+NAMES = ("logits", "probabilities")
+LOOKUP = (*NAMES, "pre_logits_compressed", "pre_logits_lookup")
+
+
+def make_config(model_name="lookup_vit", **fields):
+  model = dict(variant="mu/4", depth=2)
+  if model_name == "lookup_vit":
+    model |= dict(grid=GRID, scan=True)
+    fields = dict(grids=[GRID, (1, 2)]) | fields
+  base = dict(
+    model_name=model_name,
+    num_classes=3,
+    model=model,
+    input=dict(pp="", image_size=SIZE, batch_size=4),
+    evals=dict(test=dict(pp_fn=PP)),
+    lr=1e-3,
+    total_steps=2,
+  )
+  return config_utils.resolve(base | fields)
+
+
+def make_run(folder, config):
+  """As training leaves it; returns the directory and the parameters."""
+  workdir = str(folder)
+  program = train_step.Program(config, 2, jax.local_devices()[:1])
+  params = common.random_like(program.state_shapes.params)
+  checkpoints.write_config(workdir, config)
+  store = checkpoints.Checkpoints(workdir)
+  for step, saved in ((1, jax.tree.map(np.negative, params)), (2, params)):
+    store.save(step, program.init_state(saved))
+  store.close()
+  (folder / "classes.json").write_text('["a", "b", "c"]')
+  return workdir, program, params
+
+
+@pytest.fixture(scope="module")
+def lookup(tmp_path_factory):
+  return make_run(tmp_path_factory.mktemp("lookup"), make_config())
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+  config = make_config("vit", loss="sigmoid_xent")
+  return make_run(tmp_path_factory.mktemp("vit"), config)
+
+
+def expected(run, images, grid=None):
+  """By the model itself, and probabilities by their definition."""
+  _, program, params = run
+  fields = {} if grid is None else {"grid": grid}
+  images = images.astype(np.float64) / 127.5 - 1
+  logits, out = common.apply(
+    program.model, params, images.astype(np.float32), **fields
+  )
+  want = {k: v for k, v in out.items() if k.startswith("pre_logits")}
+  logits = np.asarray(logits, np.float64)
+  if program.config.loss == "sigmoid_xent":
+    probabilities = 1 / (1 + np.exp(-logits))
+  else:
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  return {"logits": logits, "probabilities": probabilities, **want}
+
+
+def check(found, want):
+  assert found.keys() == want.keys()
+  for name, x in want.items():
+    np.testing.assert_allclose(found[name], x, atol=2e-5, rtol=2e-5)
+
+
+def images(batch):
+  rng = np.random.default_rng(7)
+  return rng.integers(0, 256, (batch, *SIZE, 3), np.uint8)
+
+
+# --- StableHLO
+
+
+@pytest.fixture(scope="module")
+def stablehlo(lookup, tmp_path_factory):
+  output = str(tmp_path_factory.mktemp("out") / "stablehlo")
+  worst = export.export(lookup[0], "stablehlo", output)
+  assert 0 < worst < 1e-5
+  return output
+
+
+def call_stablehlo(folder, name, given):
+  """As docs/export.md has it."""
+  from safetensors import numpy as safetensors
+
+  params = safetensors.load_file(f"{folder}/params.safetensors")
+  content = pathlib.Path(folder, f"{name}.stablehlo").read_bytes()
+  program = jax.export.deserialize(bytearray(content))
+  return program, program.call(params, given)
+
+
+def test_stablehlo_at_several_grids_and_any_batch(lookup, stablehlo):
+  for name, grid in (("2x3", GRID), ("1x2", (1, 2))):
+    for batch in (1, 4):
+      program, found = call_stablehlo(stablehlo, name, images(batch))
+      check(found, expected(lookup, images(batch), grid))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+  assert sorted(os.listdir(stablehlo)) == [
+    "1x2.stablehlo",
+    "2x3.stablehlo",
+    "classes.json",
+    "export.json",
+    "params.safetensors",
+  ]
+
+
+def test_note(stablehlo):
+  note = json.loads(pathlib.Path(stablehlo, "export.json").read_text())
+  assert note["format"] == "stablehlo" and note["step"] == 2
+  assert note["programs"] == ["2x3", "1x2"]
+  assert note["images"] == {"dtype": "uint8", "shape": ["batch", *SIZE, 3]}
+  assert set(note["outputs"]) == set(LOOKUP)
+  assert note["outputs"]["logits"]["shape"] == ["batch", 3]
+
+
+def test_stablehlo_of_a_vit_and_a_fixed_batch(vit, tmp_path):
+  output = str(tmp_path / "out")
+  export.export(vit[0], "stablehlo", output, batch_size=2, platforms=["cpu"])
+  program, found = call_stablehlo(output, "model", images(2))
+  check(found, expected(vit, images(2)))
+  assert program.platforms == ("cpu",)
+  with pytest.raises(ValueError, match="shape"):
+    program.call(export_safetensors.read(output)[0], images(3))
+
+
+# --- safetensors
+
+
+def test_safetensors_are_bit_equal(lookup, tmp_path):
+  output = str(tmp_path / "out")
+  export.export(lookup[0], "safetensors", output, step=1)
+  config, params = export.load_safetensors(output)
+  assert config == lookup[1].config
+  want = common.flat(jax.tree.map(np.negative, lookup[2]))
+  found = common.flat(params)
+  assert found.keys() == want.keys()
+  for name, x in want.items():
+    assert found[name].tobytes() == x.tobytes() and found[name].shape == x.shape
+  assert export_safetensors.load(output)[1] == 1
+  assert json.loads((tmp_path / "out/classes.json").read_text()) == [*"abc"]
+
+
+def damage(folder, content):
+  pathlib.Path(folder, "params.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    (lambda x: x[: len(x) // 2], "is damaged: "),
+    (lambda x: b"no header" + x, "is damaged: "),
+    (lambda x: x[:-3] + b"\0" + x[-2:], "is damaged: the checksums differ"),
+    (None, "no params.safetensors there"),
+  ],
+)
+def test_damaged_safetensors(change, words, lookup, tmp_path):
+  output = tmp_path / "out"
+  export.export(lookup[0], "safetensors", str(output))
+  path = output / "params.safetensors"
+  if change is None:
+    path.unlink()
+  else:
+    path.write_bytes(change(path.read_bytes()))
+  with pytest.raises(ValueError, match=words):
+    export.load_safetensors(str(output))
+
+
+def test_other_safetensors(lookup, tmp_path):
+  from safetensors import numpy as safetensors
+
+  output = str(tmp_path / "out")
+  export.export(lookup[0], "safetensors", output)
+  safetensors.save_file({"x": np.zeros(3)}, f"{output}/params.safetensors")
+  with pytest.raises(ValueError, match="was not written by lookup_vit.export"):
+    export.load_safetensors(output)
+  pathlib.Path(output, "config.json").unlink()
+  with pytest.raises(ValueError, match="no config.json there"):
+    export.load_safetensors(output)
+
+
+# --- What is checked
+
+
+@pytest.mark.parametrize("format", ["stablehlo", "safetensors"])
+def test_nothing_is_left_of_what_differs(format, lookup, tmp_path, monkeypatch):
+  """The parameters that are written are not quite those of the run."""
+  write = export_safetensors.write
+
+  def tampered(folder, params, step):
+    params = jax.tree.map(np.array, params)
+    jax.tree.leaves(params)[0].flat[0] += 0.5
+    write(folder, params, step)
+
+  monkeypatch.setattr(export_safetensors, "write", tampered)
+  output = tmp_path / "out"
+  with pytest.raises(ValueError, match="differs from the "):
+    export.export(lookup[0], format, str(output))
+  assert os.listdir(tmp_path) == []
+  # Nor is what was there replaced.
+  monkeypatch.undo()
+  export.export(lookup[0], "safetensors", str(output))
+  monkeypatch.setattr(export_safetensors, "write", tampered)
+  with pytest.raises(ValueError, match="differs from the "):
+    export.export(lookup[0], format, str(output), overwrite=True)
+  export.load_safetensors(str(output))
+  assert os.listdir(tmp_path) == ["out"]
+
+
+def test_difference():
+  one = {"a": np.array([[1.0, 4.0]]), "b": np.array([0.5])}
+  found = {"a": np.array([[1.0, 4.2]]), "b": np.array([0.51])}
+  assert export.difference(found, one) == pytest.approx(0.05)
+  found["b"][0] = np.nan
+  assert not export.difference(found, one) <= 1
+  with pytest.raises(ValueError, match="differs from the model by nan"):
+    export.check("it", export.difference(found, one))
+  with pytest.raises(ValueError, match=r"It returns .*, the model"):
+    export.difference({"a": one["a"]}, one)
+  with pytest.raises(ValueError, match=r"It returns .*, the model"):
+    export.difference({**one, "b": np.array([[0.5]])}, one)
+
+
+def test_scale():
+  """As the ops do."""
+  pixels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, -1)
+  ops = get_preprocess_fn("value_range(-1,1)")
+  want = ops({"image": pixels}, np.zeros(2, np.int32))["image"].numpy()
+  np.testing.assert_array_equal(export_programs.scale(pixels), want)
+
+
+def test_portable_models():
+  """MHBC by the fewest multiply-adds, and as the run says where it says."""
+  program = train_step.Program(make_config(), 2, jax.local_devices()[:1])
+  model = program.model
+  assert export_programs.portable(model, SIZE, (1, 2)).mhbc_impl == "absorbed"
+  assert export_programs.portable(model, SIZE, (4, 6)).mhbc_impl == "direct"
+  fused = model.clone(mhbc_impl="fused", dtype="bfloat16", attention="fused")
+  made = export_programs.portable(fused, SIZE, (4, 6))
+  assert (made.mhbc_impl, made.dtype, made.scan) == (
+    *("absorbed", "float32"),
+    False,
+  )
+  assert made.attention == "direct"
+
+
+def captioner():
+  return dict(
+    task="captioning",
+    model_name="captioner",
+    num_classes=11,
+    model=dict(encoder=dict(model_name="vit", variant="mu/4")),
+    grids=None,
+  )
+
+
+@pytest.mark.parametrize(
+  ("fields", "config", "words"),
+  [
+    (dict(format="pickle"), {}, "format='pickle': want one of stablehlo"),
+    (dict(batch_size=0), {}, "batch_size=0: want an integer >= 1"),
+    (dict(platforms=["gpu"]), {}, "--platforms=gpu: want some of cpu, cuda"),
+    (dict(platforms=["cpu", "cpu"]), {}, "each once"),
+    (dict(grids=[(5, 1)]), {}, "grid .5, 1. does not fit"),
+    (dict(grids=[(1, 1), (1, 1)]), {}, "--grid=1x1,1x1: .* each of them once"),
+    (dict(output="/nowhere/out"), {}, "output='/nowhere/out': want a path"),
+    (dict(output="gs://bucket/out"), {}, "want a path on this machine"),
+    (dict(step=7), {}, r"no checkpoint 7, only \[1, 2\]"),
+    (
+      dict(format="safetensors", grids=[GRID]),
+      {},
+      "--grid: safetensors holds parameters",
+    ),
+    (
+      dict(format="safetensors", batch_size=2),
+      {},
+      "--batch_size: safetensors holds",
+    ),
+    ({}, captioner(), "captioning'.* classifiers alone.*--format=safetensors"),
+    (
+      dict(grids=[GRID]),
+      dict(model_name="vit", model=dict(variant="mu/4"), grids=None),
+      "--grid: the model has no compressed grid",
+    ),
+  ],
+)
+def test_flags_are_checked_first(
+  fields, config, words, lookup, tmp_path, monkeypatch
+):
+  def load(*_):
+    raise AssertionError("The checkpoint was loaded.")
+
+  monkeypatch.setattr(checkpoints, "load_params", load)
+  workdir = lookup[0]
+  if config:
+    workdir = str(tmp_path / "run")
+    checkpoints.write_config(workdir, make_config(**config))
+    monkeypatch.setattr(checkpoints, "check", lambda *_: None)
+  fields = dict(format="stablehlo", output=str(tmp_path / "out")) | fields
+  with pytest.raises(ValueError, match=words):
+    export.export(workdir, **fields)
+  assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_there(lookup, tmp_path):
+  output = tmp_path / "out"
+  output.mkdir()
+  (output / "mine").touch()
+  for overwrite in (False, True):
+    with pytest.raises(ValueError, match="there already, and is no export"):
+      export.export(lookup[0], "safetensors", str(output), overwrite=overwrite)
+  (output / "mine").unlink()
+  output.rmdir()
+  export.export(lookup[0], "safetensors", str(output), step=1)
+  with pytest.raises(ValueError, match="--overwrite replaces it"):
+    export.export(lookup[0], "safetensors", str(output))
+  assert export_safetensors.load(str(output))[1] == 1
+  export.export(lookup[0], "safetensors", str(output), overwrite=True)
+  assert export_safetensors.load(str(output))[1] == 2
+  assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_package_that_is_missing(lookup, tmp_path, monkeypatch):
+  monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r"safetensors: pip .*lookup_vit\[exp"):
+    export.export(lookup[0], "stablehlo", str(tmp_path / "out"))
+
+
+def test_command(vit, tmp_path):
+  def command(*args):
+    flags = [f"--workdir={vit[0]}", f"--output={tmp_path / 'out'}"]
+    return programs.Program("-m", "lookup_vit.export", *flags, *args)
+
+  process = command("--format=stablehlo", "--batch_size=2", "--platforms=cpu")
+  wrong = command("--format=stablehlo", "--batch_size=many")
+  out, err = process.communicate()
+  assert process.returncode == 0, err
+  assert out.startswith(f"Written: {tmp_path / 'out'} (largest difference ")
+  assert "model, batch 2: largest difference" in err
+  _, err = wrong.communicate()
+  assert wrong.returncode == 1 and "Traceback" not in err
+  assert err.startswith("error: --batch_size=many: want 8, say, or any"), err
