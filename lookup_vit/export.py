@@ -5,17 +5,22 @@ r"""Writes a run's model for other programs, and checks what it wrote.
 PATH becomes a directory. What it holds, by FORMAT:
 
   stablehlo    `GRID.stablehlo`, programs for `jax.export.deserialize`
+  savedmodel   of TensorFlow, with signatures `images_GRID` and, on what JPEG
+               and PNG files hold, `encoded_GRID`
+  onnx         `GRID.onnx`, graphs for ONNX Runtime and others
   safetensors  the parameters, and `config.json`: no program
 
 A program is of one compressed grid, since all shapes in it follow from the
-grid: `3x3.stablehlo`; of a model without grid, `model.stablehlo`. Programs
-share the parameters. They take uint8 images `[batch, height, width, 3]` of the
-model's size, or clips, scale them, and compute in float32. Which ones, and for
-what, can be chosen:
+grid: `3x3.onnx`, or `images_3x3`; of a model without grid, `model.onnx`, or
+`images`. Programs share the parameters. They take uint8 images `[batch,
+height, width, 3]` of the model's size, or clips, scale them, and compute in
+float32. Which ones, and for what, can be chosen:
 
     --grid=3x3,5x5        compressed grids; those of the training by default
     --batch_size=8        a fixed one; any by default
-    --platforms=cpu,cuda  of stablehlo
+    --platforms=cpu,cuda  of stablehlo and savedmodel
+    --pp=OPS              of savedmodel, how encoded images are read; by
+                          default as by the run's evaluator `val` or else `test`
 
 Each program is read back and run, in its own runtime, on random images, and
 compared with the model. Where they differ, nothing is left at PATH.
@@ -34,13 +39,13 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from absl import flags
 
 from lookup_vit import (
   checkpoints,
   cli,
   config_utils,
+  export_compare,
   export_programs,
   export_safetensors,
   export_stablehlo,
@@ -55,19 +60,23 @@ log = logging.getLogger("lookup_vit")
 # What each wants to be installed.
 FORMATS = {
   "stablehlo": ("safetensors",),
+  "savedmodel": ("tensorflow",),
+  "onnx": ("onnx", "onnxruntime", "safetensors"),
   "safetensors": ("safetensors",),
 }
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-_PLATFORMS = ("cpu", "cuda", "tpu")
+_BY_DEFAULT = ("cpu", "cuda", "tpu")
+
+# Which formats a flag is of.
+_FLAGS = dict(
+  grid=("stablehlo", "savedmodel", "onnx"),
+  batch_size=("stablehlo", "savedmodel", "onnx"),
+  platforms=("stablehlo", "savedmodel"),
+  pp=("savedmodel",),
+)
 
 # What says that a directory is an export, and what of.
 FILE = "export.json"
-
-# Of |a - b| of an output, over the greatest |b| of it, or over one.
-TOLERANCE = 1e-4
-
-# Batches that a program of any is compared on.
-_BATCHES = (1, 3)
 
 # Files of a work directory that go with its parameters, where it has them.
 _BESIDE = ("classes.json", "tokenizer.model")
@@ -81,6 +90,7 @@ def export(
   grids: Sequence[tokens.Grid] | None = None,
   batch_size: int | None = None,
   platforms: Sequence[str] | None = None,
+  pp: str | None = None,
   step: int | None = None,
   overwrite: bool = False,
 ) -> float:
@@ -92,13 +102,16 @@ def export(
     output: the directory to make, on this machine.
     grids: compressed grids; those of training where none are given.
     batch_size: of the programs; None for any.
-    platforms: some of `PLATFORMS`, for "stablehlo"; cpu, cuda and tpu where
-      none are given.
+    platforms: some of `PLATFORMS`, for "stablehlo" and "savedmodel"; cpu, cuda
+      and tpu where none are given.
+    pp: op-string by which a "savedmodel" reads encoded images;
+      `image_files.evaluation_pp` where none is given.
     step: of a checkpoint; the newest where none is given.
     overwrite: whether an export that is there is replaced.
 
   Returns:
-    The largest difference that was found, as `TOLERANCE` has it.
+    The largest difference that was found, as `export_compare.TOLERANCE` has
+    it.
 
   Raises:
     ValueError: an argument that cannot work, a run that is not to be had in
@@ -107,15 +120,18 @@ def export(
   # What can be wrong is found first.
   config = config_utils.read_workdir(workdir)
   _check_format(config, format)
-  if format == "safetensors":
-    given = dict(grid=grids, batch_size=batch_size, platforms=platforms)
-    for name, value in given.items():
-      if value is not None:
-        raise ValueError(f"--{name}: safetensors holds parameters, no program.")
+  given = dict(grid=grids, batch_size=batch_size, platforms=platforms, pp=pp)
+  for name, value in given.items():
+    if value is not None and format not in _FLAGS[name]:
+      raise ValueError(
+        f"--{name} is of {', '.join(_FLAGS[name])}, not of {format}."
+      )
   if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
     raise ValueError(f"batch_size={batch_size!r}: want an integer >= 1.")
-  _check_platforms(platforms or _PLATFORMS)
+  _check_platforms(platforms or _BY_DEFAULT)
   _check_output(output, overwrite)
+  if format != "safetensors":
+    pp = _check_pp(config, format, pp)
   checkpoints.check(workdir, step)
   with _on_cpu() as device:
     if format != "safetensors":
@@ -134,7 +150,7 @@ def export(
       else:
         worst = _write_programs(
           *(folder, format, program, params, step),
-          *(grids, batch_size, platforms or _PLATFORMS),
+          *(grids, batch_size, platforms or _BY_DEFAULT, pp),
         )
       _copy_beside(workdir, folder)
   return worst
@@ -198,6 +214,38 @@ def _check_output(output, overwrite):
     )
 
 
+def _check_pp(config, format, pp):
+  """How encoded images are to be read; None where none are.
+
+  Raises:
+    ValueError: the run reads images by other values than `scale` makes, or the
+      op-string cannot be of this format.
+  """
+  from lookup_vit import image_files
+  from lookup_vit.preprocess import registry
+
+  size = config.input.image_size
+  encoded = format == "savedmodel" and len(size) == 2
+  if pp is not None and not encoded:
+    raise ValueError("--pp: clips are not read from files.")
+  if pp is None and (encoded or config.evals):
+    with config_utils.at_fault("--pp"):
+      pp = image_files.evaluation_pp(config)
+  if encoded:
+    from lookup_vit import export_savedmodel
+
+    export_savedmodel.reader(pp, size)
+  for call in registry.calls(pp or "", "value_range"):
+    call.apply_defaults()
+    found = [call.arguments[k] for k in ("vmin", "vmax", "in_min", "in_max")]
+    if found != [-1, 1, 0, 255]:
+      raise ValueError(
+        f"{pp!r}: images are scaled to [-1, 1] in an export, from [0, 255]: "
+        "want value_range(-1,1)."
+      )
+  return pp if encoded else None
+
+
 def _check_grids(program, grids):
   if grids is None:
     return program.grids
@@ -207,12 +255,13 @@ def _check_grids(program, grids):
     given = ",".join(map(config_utils.format_grid, grids))
     raise ValueError(f"--grid={given}: want grids, each of them once.")
   size = program.config.input.image_size
-  model = getattr(program.model, "encoder", program.model)
-  grids = [tokens.check_grid(g, model.lookup_grid(size)) for g in grids]
+  lookup_grid = program.model.lookup_grid(size)
+  grids = [tokens.check_grid(grid, lookup_grid) for grid in grids]
   new = [config_utils.format_grid(g) for g in grids if g not in program.grids]
   if new:
     trained = ", ".join(map(config_utils.format_grid, program.grids))
-    log.info("The run was not trained at %s, only at %s.", *new, trained)
+    given = ", ".join(new)
+    log.info("The run was not trained at %s, only at %s.", given, trained)
   return grids
 
 
@@ -245,68 +294,36 @@ def _made(output: str) -> Iterator[str]:
 
 
 def _write_programs(
-  folder, format, program, params, step, grids, batch_size, platforms
+  folder, format, program, params, step, grids, batch_size, platforms, pp
 ):
   """Writes the programs and runs them; returns the largest difference."""
   functions = export_programs.functions(program, grids)
   flat = export_programs.by_name(params)
   size = program.config.input.image_size
   images = export_programs.images_shape(batch_size, size)
-  export_stablehlo.write(folder, functions, flat, step, images, platforms)
-  run = export_stablehlo.load(folder)
-  batches = _BATCHES if batch_size is None else (batch_size,)
-  worst = 0.0
-  for name, grid in export_programs.names(grids).items():
-    wanted = jax.jit(export_programs.reference(program, grid))
-    for batch in batches:
-      given = random_images(batch, size)
-      want = wanted(params, export_programs.scale(given))
-      found = difference(run(name, given), want)
-      log.info("%s, batch %d: largest difference %.1e.", name, batch, found)
-      worst = max(worst, check(f"{name}, batch {batch}", found))
-  outputs = jax.eval_shape(functions[name], flat, images)
-  _write_note(
-    *(folder, format, step),
-    programs=list(functions),
-    platforms=list(platforms),
-    images=_described(images),
-    outputs={name: _described(x) for name, x in outputs.items()},
-    largest_difference=worst,
+  note = dict(programs=list(functions), images=_described(images))
+  if format == "onnx":
+    from lookup_vit import export_onnx as part
+
+    part.write(folder, functions, flat, step, images)
+  elif format == "savedmodel":
+    from lookup_vit import export_savedmodel as part
+
+    read = part.reader(pp, size) if pp else None
+    part.write(folder, functions, flat, images, platforms, read)
+    note |= dict(platforms=list(platforms), pp=pp)
+  else:
+    part = export_stablehlo
+    part.write(folder, functions, flat, step, images, platforms)
+    note |= dict(platforms=list(platforms))
+  worst = export_compare.compare(
+    part.load(folder), program, params, grids, batch_size, pp
   )
+  first, *_ = functions.values()
+  outputs = jax.eval_shape(first, flat, images)
+  note["outputs"] = {name: _described(x) for name, x in outputs.items()}
+  _write_note(folder, format, step, **note, largest_difference=worst)
   return worst
-
-
-def random_images(batch: int, image_size: Sequence[int]) -> np.ndarray:
-  """uint8 `[batch, *image_size, 3]`, each time the same."""
-  rng = np.random.default_rng(0)
-  return rng.integers(0, 256, (batch, *image_size, 3), np.uint8)
-
-
-def difference(found: Any, wanted: Any) -> float:
-  """The largest difference of outputs by name, as `TOLERANCE` has it.
-
-  Raises:
-    ValueError: they have other names or shapes.
-  """
-  shapes = [{k: np.shape(x) for k, x in out.items()} for out in (found, wanted)]
-  if shapes[0] != shapes[1]:
-    raise ValueError(f"It returns {shapes[0]}, the model {shapes[1]}.")
-  worst = [0.0]
-  for name, x in wanted.items():
-    x = np.asarray(x, np.float64)
-    greatest = max(1.0, np.max(np.abs(x)))
-    worst.append(np.max(np.abs(found[name] - x)) / greatest)
-  return float(np.max(worst))  # NaN, where one is.
-
-
-def check(what: str, found: float) -> float:
-  """A difference, or where it is too large a ValueError."""
-  if not found <= TOLERANCE:
-    raise ValueError(
-      f"{what}: what was written differs from the model by {found:.1e}; at "
-      f"most {TOLERANCE:.0e} is rounding. Nothing is left of it."
-    )
-  return found
 
 
 def _check_params(folder, params):
@@ -317,8 +334,7 @@ def _check_params(folder, params):
 
 
 def _described(x):
-  shape = [n if isinstance(n, int) else str(n) for n in x.shape]
-  return {"dtype": x.dtype.name, "shape": shape}
+  return f"{x.dtype.name}[{','.join(map(str, x.shape))}]"
 
 
 def _write_note(folder, format, step, **more):
@@ -353,12 +369,13 @@ def main(argv):
     grids=grids,
     batch_size=batch_size,
     platforms=FLAGS.platforms,
+    pp=FLAGS.pp,
     step=FLAGS.step,
     overwrite=FLAGS.overwrite,
   )
   print(
     f"Written: {FLAGS.output} (largest difference {worst:.1e}, at most "
-    f"{TOLERANCE:.0e})"
+    f"{export_compare.TOLERANCE:.0e})"
   )
 
 
@@ -371,8 +388,11 @@ if __name__ == "__main__":
   )
   flags.DEFINE_string("batch_size", None, "A number, or any, the default.")
   flags.DEFINE_list(
-    "platforms", None, f"Some of {','.join(PLATFORMS)}, for stablehlo."
+    "platforms",
+    None,
+    f"Some of {','.join(PLATFORMS)}; {','.join(_BY_DEFAULT)} if not set.",
   )
+  flags.DEFINE_string("pp", None, "Op-string; the evaluator's if not set.")
   flags.DEFINE_integer("step", None, "Checkpoint; the newest if not set.")
   flags.DEFINE_bool("overwrite", False, "Replace an export that is there.")
   cli.run(main)

@@ -43,11 +43,14 @@ def write(
     (pathlib.Path(folder) / f"{name}.stablehlo").write_bytes(content)
 
 
-def load(folder: str) -> Callable[[str, np.ndarray], dict[str, np.ndarray]]:
-  """What runs a written program: `run(name, images) -> outputs by name`."""
+def load(
+  folder: str,
+) -> Callable[[str, str, np.ndarray], dict[str, np.ndarray]]:
+  """What runs a program: `run("images", name, images) -> outputs by name`."""
   params, _ = export_safetensors.read(folder)
 
-  def run(name, images):
+  def run(kind, name, images):
+    del kind  # All are on images.
     content = (pathlib.Path(folder) / f"{name}.stablehlo").read_bytes()
     program = export.deserialize(bytearray(content))
     return jax.tree.map(np.asarray, jax.jit(program.call)(params, images))

@@ -7,55 +7,36 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors
 
 from lookup_vit import (
   checkpoints,
-  config_utils,
   export,
+  export_compare,
+  export_onnx,
   export_programs,
   export_safetensors,
+  export_savedmodel,
+  export_stablehlo,
   train_step,
 )
 from lookup_vit.preprocess import get_preprocess_fn
 from tests import programs
+from tests.exports import (
+  GRID,
+  LOOKUP,
+  PP,
+  SIZE,
+  check,
+  expected,
+  images,
+  make_config,
+  make_run,
+)
 from tests.models import common
 
-# Neither the images nor the lookup grid (4, 6) are square.
-SIZE, GRID = (16, 24), (2, 3)
-PP = f"decode|resize({SIZE})|value_range(-1,1)|keep('image','label')"
-NAMES = ("logits", "probabilities")
-LOOKUP = (*NAMES, "pre_logits_compressed", "pre_logits_lookup")
-
-
-def make_config(model_name="lookup_vit", **fields):
-  model = dict(variant="mu/4", depth=2)
-  if model_name == "lookup_vit":
-    model |= dict(grid=GRID, scan=True)
-    fields = dict(grids=[GRID, (1, 2)]) | fields
-  base = dict(
-    model_name=model_name,
-    num_classes=3,
-    model=model,
-    input=dict(pp="", image_size=SIZE, batch_size=4),
-    evals=dict(test=dict(pp_fn=PP)),
-    lr=1e-3,
-    total_steps=2,
-  )
-  return config_utils.resolve(base | fields)
-
-
-def make_run(folder, config):
-  """As training leaves it; returns the directory and the parameters."""
-  workdir = str(folder)
-  program = train_step.Program(config, 2, jax.local_devices()[:1])
-  params = common.random_like(program.state_shapes.params)
-  checkpoints.write_config(workdir, config)
-  store = checkpoints.Checkpoints(workdir)
-  for step, saved in ((1, jax.tree.map(np.negative, params)), (2, params)):
-    store.save(step, program.init_state(saved))
-  store.close()
-  (folder / "classes.json").write_text('["a", "b", "c"]')
-  return workdir, program, params
+# isort: split
+import tensorflow as tf
 
 
 @pytest.fixture(scope="module")
@@ -69,32 +50,10 @@ def vit(tmp_path_factory):
   return make_run(tmp_path_factory.mktemp("vit"), config)
 
 
-def expected(run, images, grid=None):
-  """By the model itself, and probabilities by their definition."""
-  _, program, params = run
-  fields = {} if grid is None else {"grid": grid}
-  images = images.astype(np.float64) / 127.5 - 1
-  logits, out = common.apply(
-    program.model, params, images.astype(np.float32), **fields
-  )
-  want = {k: v for k, v in out.items() if k.startswith("pre_logits")}
-  logits = np.asarray(logits, np.float64)
-  if program.config.loss == "sigmoid_xent":
-    probabilities = 1 / (1 + np.exp(-logits))
-  else:
-    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-  return {"logits": logits, "probabilities": probabilities, **want}
-
-
-def check(found, want):
-  assert found.keys() == want.keys()
-  for name, x in want.items():
-    np.testing.assert_allclose(found[name], x, atol=2e-5, rtol=2e-5)
-
-
-def images(batch):
-  rng = np.random.default_rng(7)
-  return rng.integers(0, 256, (batch, *SIZE, 3), np.uint8)
+@pytest.fixture
+def made(monkeypatch, lookup):
+  """The program of `lookup`, which is not made again."""
+  monkeypatch.setattr(export, "Program", lambda *args: lookup.program)
 
 
 # --- StableHLO
@@ -103,15 +62,13 @@ def images(batch):
 @pytest.fixture(scope="module")
 def stablehlo(lookup, tmp_path_factory):
   output = str(tmp_path_factory.mktemp("out") / "stablehlo")
-  worst = export.export(lookup[0], "stablehlo", output)
+  worst = export.export(lookup.workdir, "stablehlo", output)
   assert 0 < worst < 1e-5
   return output
 
 
 def call_stablehlo(folder, name, given):
   """As docs/export.md has it."""
-  from safetensors import numpy as safetensors
-
   params = safetensors.load_file(f"{folder}/params.safetensors")
   content = pathlib.Path(folder, f"{name}.stablehlo").read_bytes()
   program = jax.export.deserialize(bytearray(content))
@@ -137,14 +94,16 @@ def test_note(stablehlo):
   note = json.loads(pathlib.Path(stablehlo, "export.json").read_text())
   assert note["format"] == "stablehlo" and note["step"] == 2
   assert note["programs"] == ["2x3", "1x2"]
-  assert note["images"] == {"dtype": "uint8", "shape": ["batch", *SIZE, 3]}
+  assert note["images"] == "uint8[batch,16,24,3]"
   assert set(note["outputs"]) == set(LOOKUP)
-  assert note["outputs"]["logits"]["shape"] == ["batch", 3]
+  assert note["outputs"]["logits"] == "float32[batch,3]"
 
 
 def test_stablehlo_of_a_vit_and_a_fixed_batch(vit, tmp_path):
   output = str(tmp_path / "out")
-  export.export(vit[0], "stablehlo", output, batch_size=2, platforms=["cpu"])
+  export.export(
+    vit.workdir, "stablehlo", output, batch_size=2, platforms=["cpu"]
+  )
   program, found = call_stablehlo(output, "model", images(2))
   check(found, expected(vit, images(2)))
   assert program.platforms == ("cpu",)
@@ -157,20 +116,16 @@ def test_stablehlo_of_a_vit_and_a_fixed_batch(vit, tmp_path):
 
 def test_safetensors_are_bit_equal(lookup, tmp_path):
   output = str(tmp_path / "out")
-  export.export(lookup[0], "safetensors", output, step=1)
+  export.export(lookup.workdir, "safetensors", output, step=1)
   config, params = export.load_safetensors(output)
-  assert config == lookup[1].config
-  want = common.flat(jax.tree.map(np.negative, lookup[2]))
+  assert config == lookup.program.config
+  want = common.flat(jax.tree.map(np.negative, lookup.params))
   found = common.flat(params)
   assert found.keys() == want.keys()
   for name, x in want.items():
     assert found[name].tobytes() == x.tobytes() and found[name].shape == x.shape
   assert export_safetensors.load(output)[1] == 1
   assert json.loads((tmp_path / "out/classes.json").read_text()) == [*"abc"]
-
-
-def damage(folder, content):
-  pathlib.Path(folder, "params.safetensors").write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +139,7 @@ def damage(folder, content):
 )
 def test_damaged_safetensors(change, words, lookup, tmp_path):
   output = tmp_path / "out"
-  export.export(lookup[0], "safetensors", str(output))
+  export.export(lookup.workdir, "safetensors", str(output))
   path = output / "params.safetensors"
   if change is None:
     path.unlink()
@@ -195,10 +150,8 @@ def test_damaged_safetensors(change, words, lookup, tmp_path):
 
 
 def test_other_safetensors(lookup, tmp_path):
-  from safetensors import numpy as safetensors
-
   output = str(tmp_path / "out")
-  export.export(lookup[0], "safetensors", output)
+  export.export(lookup.workdir, "safetensors", output)
   safetensors.save_file({"x": np.zeros(3)}, f"{output}/params.safetensors")
   with pytest.raises(ValueError, match="was not written by lookup_vit.export"):
     export.load_safetensors(output)
@@ -210,43 +163,77 @@ def test_other_safetensors(lookup, tmp_path):
 # --- What is checked
 
 
-@pytest.mark.parametrize("format", ["stablehlo", "safetensors"])
-def test_nothing_is_left_of_what_differs(format, lookup, tmp_path, monkeypatch):
-  """The parameters that are written are not quite those of the run."""
-  write = export_safetensors.write
+def perturbed(params):
+  params = jax.tree.map(np.array, params)
+  jax.tree.leaves(params)[-1].flat[0] += 0.5
+  return params
 
-  def tampered(folder, params, step):
-    params = jax.tree.map(np.array, params)
-    jax.tree.leaves(params)[0].flat[0] += 0.5
-    write(folder, params, step)
 
-  monkeypatch.setattr(export_safetensors, "write", tampered)
+def tamper(format, folder, run):
+  """Changes the parameters in an export, all else is as it was."""
+  path = pathlib.Path(folder, "params.safetensors")
+  if format == "onnx":  # Bits in the file.
+    tensors = safetensors.load_file(path)
+    start = path.read_bytes().index(tensors["norm_lookup/bias"].tobytes())
+    content = bytearray(path.read_bytes())
+    content[start : start + 4] = np.float32(9).tobytes()
+    path.write_bytes(content)
+  elif format == "savedmodel":
+    module = tf.saved_model.load(folder)
+    variable = module.params["norm_lookup/bias"]
+    variable.assign(variable + 0.5)
+    tf.saved_model.save(module, folder, module.signatures)
+  else:
+    flat, step = export_safetensors.read(folder)
+    export_safetensors.write(folder, perturbed(flat), step)
+
+
+@pytest.mark.parametrize(
+  ("format", "part"),
+  [
+    ("stablehlo", export_stablehlo),
+    ("savedmodel", export_savedmodel),
+    ("onnx", export_onnx),
+    ("safetensors", export_safetensors),
+  ],
+)
+def test_nothing_is_left_of_what_differs(
+  format, part, lookup, made, tmp_path, monkeypatch
+):
+  load = part.load
+
+  def load_tampered(folder):
+    tamper(format, folder, lookup)
+    return load(folder)
+
   output = tmp_path / "out"
-  with pytest.raises(ValueError, match="differs from the "):
-    export.export(lookup[0], format, str(output))
-  assert os.listdir(tmp_path) == []
-  # Nor is what was there replaced.
-  monkeypatch.undo()
-  export.export(lookup[0], "safetensors", str(output))
-  monkeypatch.setattr(export_safetensors, "write", tampered)
-  with pytest.raises(ValueError, match="differs from the "):
-    export.export(lookup[0], format, str(output), overwrite=True)
-  export.load_safetensors(str(output))
+  for overwrite in (False, True):
+    with monkeypatch.context() as patch:
+      patch.setattr(part, "load", load_tampered)
+      with pytest.raises(ValueError, match="differs from the (model|param)"):
+        export.export(
+          *(lookup.workdir, format, str(output)), step=2, overwrite=overwrite
+        )
+    if not overwrite:
+      assert os.listdir(tmp_path) == []
+      export.export(lookup.workdir, "safetensors", str(output), step=1)
+  # What was there is there still.
+  assert export_safetensors.load(str(output))[1] == 1
   assert os.listdir(tmp_path) == ["out"]
 
 
 def test_difference():
   one = {"a": np.array([[1.0, 4.0]]), "b": np.array([0.5])}
   found = {"a": np.array([[1.0, 4.2]]), "b": np.array([0.51])}
-  assert export.difference(found, one) == pytest.approx(0.05)
+  assert export_compare.difference(found, one) == pytest.approx(0.05)
   found["b"][0] = np.nan
-  assert not export.difference(found, one) <= 1
+  assert not export_compare.difference(found, one) <= 1
   with pytest.raises(ValueError, match="differs from the model by nan"):
-    export.check("it", export.difference(found, one))
+    export_compare.check("it", export_compare.difference(found, one))
   with pytest.raises(ValueError, match=r"It returns .*, the model"):
-    export.difference({"a": one["a"]}, one)
+    export_compare.difference({"a": one["a"]}, one)
   with pytest.raises(ValueError, match=r"It returns .*, the model"):
-    export.difference({**one, "b": np.array([[0.5]])}, one)
+    export_compare.difference({**one, "b": np.array([[0.5]])}, one)
 
 
 def test_scale():
@@ -286,6 +273,27 @@ def captioner():
   ("fields", "config", "words"),
   [
     (dict(format="pickle"), {}, "format='pickle': want one of stablehlo"),
+    (
+      dict(format="onnx", platforms=["cpu"]),
+      {},
+      "--platforms is of stablehlo, savedmodel, not of onnx",
+    ),
+    (dict(pp=PP), {}, "--pp is of savedmodel, not of stablehlo"),
+    (
+      dict(format="savedmodel", pp="decode|resize(8)|value_range(-1,1)"),
+      {},
+      r"makes float32 \(8, 8, 3\)",
+    ),
+    (
+      dict(format="savedmodel"),
+      dict(evals={}),
+      "--pp: config.evals: no evaluator says",
+    ),
+    (
+      dict(format="onnx"),
+      dict(evals=dict(test=dict(pp_fn=PP.replace("-1,1", "0,1")))),
+      r"scaled to \[-1, 1\] in an export",
+    ),
     (dict(batch_size=0), {}, "batch_size=0: want an integer >= 1"),
     (dict(platforms=["gpu"]), {}, "--platforms=gpu: want some of cpu, cuda"),
     (dict(platforms=["cpu", "cpu"]), {}, "each once"),
@@ -297,12 +305,12 @@ def captioner():
     (
       dict(format="safetensors", grids=[GRID]),
       {},
-      "--grid: safetensors holds parameters",
+      "--grid is of stablehlo, savedmodel, onnx, not of safetensors",
     ),
     (
       dict(format="safetensors", batch_size=2),
       {},
-      "--batch_size: safetensors holds",
+      "--batch_size is of",
     ),
     ({}, captioner(), "captioning'.* classifiers alone.*--format=safetensors"),
     (
@@ -319,7 +327,7 @@ def test_flags_are_checked_first(
     raise AssertionError("The checkpoint was loaded.")
 
   monkeypatch.setattr(checkpoints, "load_params", load)
-  workdir = lookup[0]
+  workdir = lookup.workdir
   if config:
     workdir = str(tmp_path / "run")
     checkpoints.write_config(workdir, make_config(**config))
@@ -336,14 +344,16 @@ def test_an_output_that_is_there(lookup, tmp_path):
   (output / "mine").touch()
   for overwrite in (False, True):
     with pytest.raises(ValueError, match="there already, and is no export"):
-      export.export(lookup[0], "safetensors", str(output), overwrite=overwrite)
+      export.export(
+        lookup.workdir, "safetensors", str(output), overwrite=overwrite
+      )
   (output / "mine").unlink()
   output.rmdir()
-  export.export(lookup[0], "safetensors", str(output), step=1)
+  export.export(lookup.workdir, "safetensors", str(output), step=1)
   with pytest.raises(ValueError, match="--overwrite replaces it"):
-    export.export(lookup[0], "safetensors", str(output))
+    export.export(lookup.workdir, "safetensors", str(output))
   assert export_safetensors.load(str(output))[1] == 1
-  export.export(lookup[0], "safetensors", str(output), overwrite=True)
+  export.export(lookup.workdir, "safetensors", str(output), overwrite=True)
   assert export_safetensors.load(str(output))[1] == 2
   assert os.listdir(tmp_path) == ["out"]
 
@@ -351,12 +361,12 @@ def test_an_output_that_is_there(lookup, tmp_path):
 def test_a_package_that_is_missing(lookup, tmp_path, monkeypatch):
   monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"safetensors: pip .*lookup_vit\[exp"):
-    export.export(lookup[0], "stablehlo", str(tmp_path / "out"))
+    export.export(lookup.workdir, "stablehlo", str(tmp_path / "out"))
 
 
 def test_command(vit, tmp_path):
   def command(*args):
-    flags = [f"--workdir={vit[0]}", f"--output={tmp_path / 'out'}"]
+    flags = [f"--workdir={vit.workdir}", f"--output={tmp_path / 'out'}"]
     return programs.Program("-m", "lookup_vit.export", *flags, *args)
 
   process = command("--format=stablehlo", "--batch_size=2", "--platforms=cpu")

@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -66,7 +67,8 @@ def pool(
   def one(name):
     if block is None:
       return out[f"pre_logits{name and '_' + name}"]
-    x = out[f"block_{name and name + '_'}tokens"][block]
+    x = out[f"block_{name and name + '_'}tokens"]
+    x = jax.lax.index_in_dim(x, block, keepdims=False)
     # Of a factorised model, [b, slices, tokens, D].
     axes = tuple(range(1, x.ndim - 1))
     return jnp.mean(x, axis=axes, dtype=jnp.float32)

@@ -7,6 +7,7 @@ Over a 3-D grid it is ViViT's joint space-time model (arXiv:2103.15691, Model
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -29,7 +30,7 @@ class MapHead(nn.Module):
     x, _ = layers.Attention(cfg, name="attention")(probe, x)
     y = layers.layer_norm(cfg, "norm_mlp")(x)
     x = x + layers.Mlp(cfg, self.mlp_ratio, name="mlp")(y)
-    return x[:, 0]
+    return jax.lax.index_in_dim(x, 0, axis=1, keepdims=False)
 
 
 class ViT(nn.Module):
@@ -118,7 +119,7 @@ class ViT(nn.Module):
     elif self.pool == "map":
       x = MapHead(cfg, self.mlp_ratio, name="map_head")(x)
     else:
-      x = x[:, 0]
+      x = jax.lax.index_in_dim(x, 0, axis=1, keepdims=False)
     x = out["pre_logits"] = x.astype(jnp.float32)
     if self.num_classes is not None:
       x = layers.head(self.num_classes, self.head_bias_init, "head")(x)
