@@ -199,10 +199,12 @@ def _check_platforms(platforms):
 
 def _check_output(output, overwrite):
   path = pathlib.Path(output).expanduser()
-  if not output or "://" in output or not path.resolve().parent.is_dir():
+  folder = path.absolute().parent
+  is_there = folder.is_dir() and os.access(folder, os.W_OK)
+  if not output or "://" in output or not is_there:
     raise ValueError(
-      f"output={output!r}: want a path on this machine, in a directory there "
-      "is."
+      f"output={output!r}: want a path on this machine, in a directory that "
+      "can be written to."
     )
   if not path.exists() and not path.is_symlink():
     return
@@ -373,10 +375,10 @@ def main(argv):
     step=FLAGS.step,
     overwrite=FLAGS.overwrite,
   )
-  print(
-    f"Written: {FLAGS.output} (largest difference {worst:.1e}, at most "
-    f"{export_compare.TOLERANCE:.0e})"
-  )
+  found = f"largest difference {worst:.1e}, at most {export_compare.TOLERANCE}"
+  if FLAGS.format == "safetensors":
+    found = "bit for bit"
+  print(f"Written: {FLAGS.output} ({found})")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import json
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from PIL import Image
 
 from lookup_vit import checkpoints, config_utils, train_step
 from tests.models import common
@@ -81,3 +83,27 @@ def check(found, want):
   assert found.keys() == want.keys()
   for name, x in want.items():
     np.testing.assert_allclose(found[name], x, atol=2e-5, rtol=2e-5)
+
+
+def run_docs(section, output, monkeypatch, folder):
+  """Runs the code of a section of docs/export.md; returns its variables.
+
+  Args:
+    section: title of it.
+    output: an export of its format.
+    monkeypatch: pytest's.
+    folder: to run in, empty.
+  """
+  text = pathlib.Path("docs/export.md").read_text()
+  text = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+  code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+  # The same, of what is here.
+  code = code.replace("224, 224", "16, 24").replace("3x3", "2x3")
+  [format] = set(re.findall(r"exports/(\w+)", code))
+  (folder / "exports").mkdir()
+  (folder / "exports" / format).symlink_to(output)
+  Image.fromarray(images(1, (40, 50))[0]).save(folder / "photo.jpg")
+  monkeypatch.chdir(folder)
+  scope = {}
+  exec(compile(code, "docs/export.md", "exec"), scope)
+  return scope

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from lookup_vit import (
   train_step,
 )
 from lookup_vit.preprocess import get_preprocess_fn
-from tests import programs
+from tests import exports, programs
 from tests.exports import (
   GRID,
   LOOKUP,
@@ -111,6 +112,27 @@ def test_stablehlo_of_a_vit_and_a_fixed_batch(vit, tmp_path):
     program.call(export_safetensors.read(output)[0], images(3))
 
 
+def test_no_kernels(lookup, stablehlo):
+  """Also for TPUs, where the model itself has some."""
+  assert lookup.program.model.mhbc_impl == "auto"
+  program, _ = call_stablehlo(stablehlo, "2x3", images(1))
+  calls = re.findall(r"custom_call @(\w+)", program.mlir_module())
+  assert set(calls) <= {"shape_assertion"}
+
+
+def test_docs_of_jax(lookup, stablehlo, tmp_path, monkeypatch):
+  scope = exports.run_docs("JAX", stablehlo, monkeypatch, tmp_path)
+  check(scope["out"], expected(lookup, scope["images"], GRID))
+
+
+def test_flags_in_docs():
+  text = pathlib.Path("docs/export.md").read_text()
+  code = pathlib.Path("lookup_vit/export.py").read_text()
+  there = set(re.findall(r'flags.DEFINE_\w+\(\s*"(\w+)"', code))
+  assert set(re.findall(r"--(\w+)", text)) <= there
+  assert set(re.findall(r"--format=(\w+)", text)) == set(export.FORMATS)
+
+
 # --- safetensors
 
 
@@ -126,6 +148,26 @@ def test_safetensors_are_bit_equal(lookup, tmp_path):
     assert found[name].tobytes() == x.tobytes() and found[name].shape == x.shape
   assert export_safetensors.load(output)[1] == 1
   assert json.loads((tmp_path / "out/classes.json").read_text()) == [*"abc"]
+
+
+def test_docs_of_safetensors(lookup, tmp_path, monkeypatch, capsys):
+  output = tmp_path / "out"
+  (tmp_path / "empty").mkdir()
+  export.export(lookup.workdir, "safetensors", str(output))
+  exports.run_docs("safetensors", output, monkeypatch, tmp_path / "empty")
+  assert capsys.readouterr().out == "lookup_vit (4, 6, 32)\n"
+
+
+def test_safetensors_of_a_captioner(tmp_path):
+  (tmp_path / "run").mkdir()
+  run = make_run(tmp_path / "run", make_config(**captioner()))
+  (tmp_path / "run" / "tokenizer.model").write_bytes(b"words")
+  output = tmp_path / "out"
+  assert export.export(run.workdir, "safetensors", str(output)) == 0
+  config, params = export.load_safetensors(str(output))
+  assert config == run.program.config
+  assert export_safetensors.same(params, run.params)
+  assert (output / "tokenizer.model").read_bytes() == b"words"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +211,7 @@ def perturbed(params):
   return params
 
 
-def tamper(format, folder, run):
+def tamper(format, folder):
   """Changes the parameters in an export, all else is as it was."""
   path = pathlib.Path(folder, "params.safetensors")
   if format == "onnx":  # Bits in the file.
@@ -201,9 +243,12 @@ def test_nothing_is_left_of_what_differs(
   format, part, lookup, made, tmp_path, monkeypatch
 ):
   load = part.load
+  fields = {}
+  if format != "safetensors":
+    fields = dict(grids=[GRID], batch_size=1)
 
   def load_tampered(folder):
-    tamper(format, folder, lookup)
+    tamper(format, folder)
     return load(folder)
 
   output = tmp_path / "out"
@@ -212,7 +257,7 @@ def test_nothing_is_left_of_what_differs(
       patch.setattr(part, "load", load_tampered)
       with pytest.raises(ValueError, match="differs from the (model|param)"):
         export.export(
-          *(lookup.workdir, format, str(output)), step=2, overwrite=overwrite
+          *(lookup.workdir, format, str(output)), overwrite=overwrite, **fields
         )
     if not overwrite:
       assert os.listdir(tmp_path) == []
@@ -299,7 +344,7 @@ def captioner():
     (dict(platforms=["cpu", "cpu"]), {}, "each once"),
     (dict(grids=[(5, 1)]), {}, "grid .5, 1. does not fit"),
     (dict(grids=[(1, 1), (1, 1)]), {}, "--grid=1x1,1x1: .* each of them once"),
-    (dict(output="/nowhere/out"), {}, "output='/nowhere/out': want a path"),
+    (dict(output="/nowhere/out"), {}, "output='/nowhere/out': want a path on"),
     (dict(output="gs://bucket/out"), {}, "want a path on this machine"),
     (dict(step=7), {}, r"no checkpoint 7, only \[1, 2\]"),
     (
@@ -356,6 +401,16 @@ def test_an_output_that_is_there(lookup, tmp_path):
   export.export(lookup.workdir, "safetensors", str(output), overwrite=True)
   assert export_safetensors.load(str(output))[1] == 2
   assert os.listdir(tmp_path) == ["out"]
+
+
+def test_no_cpu(lookup, tmp_path, monkeypatch):
+  def devices(backend):
+    raise RuntimeError(f"Unknown backend {backend}")
+
+  monkeypatch.setattr(jax, "local_devices", devices)
+  monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+  with pytest.raises(ValueError, match="JAX_PLATFORMS=tpu leaves out: add cpu"):
+    export.export(lookup.workdir, "stablehlo", str(tmp_path / "out"))
 
 
 def test_a_package_that_is_missing(lookup, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Tests of lookup_vit/export_onnx.py."""
 
+import os
 import pathlib
 import types
 
@@ -53,6 +54,16 @@ def test_onnx_at_several_grids_and_any_batch(lookup, onnx_export):
   count = sum(x.size for x in jax.tree.leaves(lookup.params))
   assert 4 * count < sizes["params.safetensors"] < 4 * count + 20_000
   assert sizes["2x3.onnx"] < 100_000
+
+
+def test_docs(lookup, onnx_export, tmp_path, monkeypatch):
+  scope = exports.run_docs("ONNX", onnx_export, monkeypatch, tmp_path)
+  want = expected(lookup, scope["images"], GRID)["probabilities"]
+  np.testing.assert_allclose(scope["probabilities"], want, atol=2e-5)
+  # The one file needs no other.
+  assert sorted(os.listdir(tmp_path)) == ["2x3.onnx", "exports", "photo.jpg"]
+  found = call_onnx(session_of(str(tmp_path / "2x3.onnx")), images(2))
+  check(found, expected(lookup, images(2), GRID))
 
 
 def test_a_fixed_batch(lookup, tmp_path):

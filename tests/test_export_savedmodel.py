@@ -77,6 +77,17 @@ def test_savedmodel_of_encoded_images(lookup, savedmodel, files):
     call(tf.constant([b"no image"]))
 
 
+def test_docs(lookup, savedmodel, tmp_path, monkeypatch):
+  scope = exports.run_docs("TensorFlow", savedmodel, monkeypatch, tmp_path)
+  pixels = image_files.read([str(tmp_path / "photo.jpg")], PP, SIZE)
+  logits, _ = common.apply(
+    lookup.program.model, lookup.params, pixels, grid=GRID
+  )
+  np.testing.assert_allclose(
+    scope["out"]["logits"], logits, atol=2e-5, rtol=2e-5
+  )
+
+
 def test_savedmodel_of_a_vit_and_a_fixed_batch(tmp_path):
   (tmp_path / "run").mkdir()
   config = exports.make_config("vit", loss="sigmoid_xent")
@@ -110,7 +121,7 @@ def test_savedmodel_of_clips(tmp_path):
   output = str(tmp_path / "out")
   with pytest.raises(ValueError, match="--pp: clips are not read"):
     export.export(run.workdir, "savedmodel", output, pp=PP)
-  export.export(run.workdir, "savedmodel", output)
+  export.export(run.workdir, "savedmodel", output, platforms=["cpu"])
   signatures = tf.saved_model.load(output).signatures
   assert sorted(signatures) == ["images_1x2x3", "serving_default"]
   clips = images(2, (4, *SIZE))
