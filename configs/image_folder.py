@@ -9,8 +9,8 @@ r"""Your own images, in folders of classes.
         --config=configs/image_folder.py:folder=FOLDER
 
 Arguments: `model=vit` for the baseline, `variant`, `res`, `epochs`, `batch`;
-`init=WORKDIR` starts from another run of the same model; `on_error=skip` leaves
-out images that cannot be read; `val=SPLIT` names the held-out split, also a
+`init=WORKDIR` starts from another run, and `init=FILE` from a published ViT
+(docs/warm_start.md); `on_error=skip` leaves out images that cannot be read; `val=SPLIT` names the held-out split, also a
 part of another as `train[90%:]` (then `train=train[:90%]`).
 
 The recipe is AugReg's for small data (arXiv:2106.10270): medium augmentation,
@@ -21,6 +21,7 @@ here in softmax form; the learning rate is that of ViT-S on ImageNet
 import ml_collections
 
 from configs import common
+from lookup_vit import config_utils
 
 
 def get_config(arg=None):
@@ -72,6 +73,9 @@ def get_config(arg=None):
     config.model.grid = (5, 5) if (5, 5) in config.grids else config.grids[-1]
   if arg.init:
     config.model_init = arg.init
+    # That a LookupViT starts from a ViT by; here, to be overridden.
+    mapping = config_utils.DEFAULTS["model_init_mapping"]
+    config.model_init_mapping = dict(mapping)
 
   config.optax_name = "adamw"
   config.grad_clip_norm = 1.0

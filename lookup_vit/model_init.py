@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
+import safetensors
 from etils import epath
 from flax import traverse_util
 
@@ -30,6 +31,14 @@ from lookup_vit.models import (
 log = logging.getLogger("lookup_vit")
 
 _WEIGHTS = "model.safetensors"
+
+# Those of .safetensors; its own reader for NumPy has no bfloat16.
+_FLOATS = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+}
 
 
 class Source(NamedTuple):
@@ -123,14 +132,17 @@ def _read_npz(path):
 
 
 def _read_safetensors(path):
-  import safetensors
-  import safetensors.flax
-
   try:
-    read = safetensors.flax.load(path.read_bytes())
-  except (safetensors.SafetensorError, ValueError, KeyError) as e:
+    arrays = safetensors.deserialize(path.read_bytes())
+  except safetensors.SafetensorError as e:
     raise ValueError(f"is no .safetensors: {e}") from None
-  return {k: np.asarray(x, np.float32) for k, x in read.items()}
+  read = {}
+  for name, array in arrays:
+    if array["dtype"] not in _FLOATS:
+      continue  # Such as counts of batches.
+    flat = np.frombuffer(array["data"], _FLOATS[array["dtype"]])
+    read[name] = flat.astype(np.float32).reshape(array["shape"])
+  return read
 
 
 def _beside(folder):

@@ -221,7 +221,8 @@ def _each(
     yield image, labelled
 
 
-def check_count(rows, columns):
+def check_count(rows: int, columns: int) -> None:
+  """Raises ValueError where a picture would have too many panels."""
   if max(rows, columns) > _MOST:
     raise ValueError(
       f"{rows} rows of {columns} are too many for a picture, which has at most "
