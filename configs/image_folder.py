@@ -10,8 +10,9 @@ r"""Your own images, in folders of classes.
 
 Arguments: `model=vit` for the baseline, `variant`, `res`, `epochs`, `batch`;
 `init=WORKDIR` starts from another run, and `init=FILE` from a published ViT
-(docs/warm_start.md); `on_error=skip` leaves out images that cannot be read; `val=SPLIT` names the held-out split, also a
-part of another as `train[90%:]` (then `train=train[:90%]`).
+(docs/warm_start.md); `on_error=skip` leaves out images that cannot be read;
+`val=SPLIT` names the held-out split, also a part of another as `train[90%:]`
+(then `train=train[:90%]`).
 
 The recipe is AugReg's for small data (arXiv:2106.10270): medium augmentation,
 here in softmax form; the learning rate is that of ViT-S on ImageNet

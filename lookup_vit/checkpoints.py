@@ -258,7 +258,10 @@ class Checkpoints:
 
 
 def check(workdir: str, step: int | None = None) -> None:
-  """Raises ValueError where a work directory has no checkpoint of the step."""
+  """Raises ValueError where `load_params` has no checkpoint to load."""
+  if _is_exported(workdir):
+    _load_exported(workdir, step)
+    return
   checkpoints = Checkpoints(workdir, read_only=True)
   try:
     _find(workdir, checkpoints, step)
@@ -281,6 +284,8 @@ def load_params(
 ) -> tuple[Any, int, ml_collections.ConfigDict]:
   """Parameters of a work directory's checkpoint (the newest: no step given).
 
+  Also of a directory of `lookup_vit.export --format=safetensors`.
+
   Returns:
     The parameters (the Polyak average where there is one), the step, and the
     resolved config.
@@ -289,6 +294,11 @@ def load_params(
     ValueError: no work directory, no checkpoint, or not that step.
     DamagedCheckpointError: it cannot be read back.
   """
+  if _is_exported(workdir):
+    params, step, config = _load_exported(workdir, step)
+    if sharding is None:
+      sharding = jax.local_devices()[0]
+    return jax.device_put(params, sharding), step, config
   config = config_utils.read_workdir(workdir)
   checkpoints = Checkpoints(workdir, read_only=True)
   try:
@@ -296,3 +306,20 @@ def load_params(
     return checkpoints.restore_params(step, sharding), step, config
   finally:
     checkpoints.close()
+
+
+def _is_exported(workdir):
+  from lookup_vit import export_safetensors  # Which wants this module.
+
+  path = config_utils.workdir_path(workdir)
+  exported = (path / export_safetensors.FILE).exists()
+  return exported and not (path / _FOLDER).exists()
+
+
+def _load_exported(workdir, step):
+  from lookup_vit import export_safetensors
+
+  params, only, config = export_safetensors.load(workdir)
+  if step not in (None, only):
+    raise ValueError(f"{workdir} has no checkpoint {step}, only {only}.")
+  return params, only, config

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
+import lookup_vit
 from lookup_vit import (
   checkpoints,
   export,
@@ -19,6 +20,7 @@ from lookup_vit import (
   export_safetensors,
   export_savedmodel,
   export_stablehlo,
+  model_init,
   train_step,
 )
 from lookup_vit.preprocess import get_preprocess_fn
@@ -148,6 +150,24 @@ def test_safetensors_are_bit_equal(lookup, tmp_path):
     assert found[name].tobytes() == x.tobytes() and found[name].shape == x.shape
   assert export_safetensors.load(output)[1] == 1
   assert json.loads((tmp_path / "out/classes.json").read_text()) == [*"abc"]
+
+
+def test_safetensors_stand_where_a_work_directory_does(lookup, tmp_path):
+  output = str(tmp_path / "out")
+  export.export(lookup.workdir, "safetensors", output)
+  shape = (3, *lookup.program.config.input.image_size, 3)
+  x = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+  want = lookup_vit.load(lookup.workdir).predict(x, grid=GRID)
+  got = lookup_vit.load(output).predict(x, grid=GRID)
+  np.testing.assert_array_equal(got.probabilities, want.probabilities)
+  assert got.classes == want.classes == [*"abc"]
+  with pytest.raises(ValueError, match="has no checkpoint 77, only"):
+    lookup_vit.load(output, step=77)
+  model = lookup.program.model
+  start = model_init.init_from(
+    output, lookup.params, model, lookup.program.config.input.image_size
+  )
+  jax.tree.map(np.testing.assert_array_equal, start, lookup.params)
 
 
 def test_docs_of_safetensors(lookup, tmp_path, monkeypatch, capsys):
