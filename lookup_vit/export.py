@@ -49,6 +49,7 @@ from lookup_vit import (
   export_programs,
   export_safetensors,
   export_stablehlo,
+  predictor,
 )
 from lookup_vit.models import tokens
 from lookup_vit.train_step import Program
@@ -105,7 +106,7 @@ def export(
     platforms: some of `PLATFORMS`, for "stablehlo" and "savedmodel"; cpu, cuda
       and tpu where none are given.
     pp: op-string by which a "savedmodel" reads encoded images;
-      `image_files.evaluation_pp` where none is given.
+      that of `predictor.Predictor` where none is given.
     step: of a checkpoint; the newest where none is given.
     overwrite: whether an export that is there is replaced.
 
@@ -223,7 +224,6 @@ def _check_pp(config, format, pp):
     ValueError: the run reads images by other values than `scale` makes, or the
       op-string cannot be of this format.
   """
-  from lookup_vit import image_files
   from lookup_vit.preprocess import registry
 
   size = config.input.image_size
@@ -232,7 +232,8 @@ def _check_pp(config, format, pp):
     raise ValueError("--pp: clips are not read from files.")
   if pp is None and (encoded or config.evals):
     with config_utils.at_fault("--pp"):
-      pp = image_files.evaluation_pp(config)
+      pp = config_utils.evaluation(config).pp_fn
+    pp = predictor.with_resize(pp, size[-2:])
   if encoded:
     from lookup_vit import export_savedmodel
 

@@ -126,7 +126,7 @@ class Predictor:
         fields = config_utils.evaluation(config, evaluator)
     self.pp, self.views = pp, fields.get("views", 1)
     if pp is None and "pp_fn" in fields:
-      self.pp = _with_resize(fields.pp_fn, self.image_size[-2:])
+      self.pp = with_resize(fields.pp_fn, self.image_size[-2:])
     self._data = fields.get("data") or config.input.data
     config = config.copy_and_resolve_references()
     config.mesh, config.sharding = [("data", -1)], "replicated"
@@ -387,18 +387,22 @@ class Predictor:
     }
 
 
-def _with_resize(pp, size):
+def with_resize(pp: str, size: Sequence[int]) -> str:
   """An op-string that images of any size go through.
 
   Where all examples of a data set have the size of the model, a run's has none
   that resizes; to them, this one does nothing.
+
+  Args:
+    pp: an op-string.
+    size: (rows, columns) of the model.
   """
   segments = pp.split("|")
   names = [segment.partition("(")[0].strip() for segment in segments]
   sized = [n for n in names if "resize" in n or "inception_crop" in n]
   for i, name in enumerate(names):
     if name in ("decode", "decode_clip") and not sized:
-      segments.insert(i + 1, f"resize({size},antialias=True)")
+      segments.insert(i + 1, f"resize({tuple(size)},antialias=True)")
       break
   return "|".join(segments)
 
