@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import re
-import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -31,6 +30,14 @@ from lookup_vit.models import (
 log = logging.getLogger("lookup_vit")
 
 _WEIGHTS = "model.safetensors"
+
+# Hugging Face's names of activations.
+_GELUS = {
+  "gelu": "exact",
+  "gelu_python": "exact",
+  "gelu_new": "tanh",
+  "gelu_pytorch_tanh": "tanh",
+}
 
 # Those of .safetensors; its own reader for NumPy has no bfloat16.
 _FLOATS = {
@@ -107,7 +114,11 @@ def _read_file(path):
   if not path.exists():
     raise ValueError("there is no such file.")
   load = _read_npz if path.suffix == ".npz" else _read_safetensors
-  published = published_vit.convert(load(path))
+  arrays = load(path)
+  try:
+    published = published_vit.convert(arrays)
+  except (IndexError, KeyError, TypeError, AttributeError) as e:
+    raise ValueError(f"its arrays have no shapes of a ViT's: {e}.") from e
   params, fields = published.params, dict(published.fields)
   mean, std, more = _beside(path.parent)
   fields |= more
@@ -122,7 +133,9 @@ def _read_npz(path):
   try:
     with path.open("rb") as f, np.load(f, allow_pickle=False) as arrays:
       read = {name: arrays[name] for name in arrays.files}
-  except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as e:
+  except (MemoryError, PermissionError):
+    raise
+  except Exception as e:  # A damaged one raises many kinds.
     raise ValueError(f"is no .npz of arrays: {e}") from None
   # NumPy has no bfloat16 of its own.
   return {
@@ -157,16 +170,27 @@ def _beside(folder):
     of_model = _object(folder / "config.json")
   if (folder / "preprocessor_config.json").exists():
     of_images = _object(folder / "preprocessor_config.json")
-  of_timm = of_model.get("pretrained_cfg", {})
-  if "image_mean" in of_images:
-    mean, std = of_images["image_mean"], of_images["image_std"]
+  of_timm = _dict(of_model.get("pretrained_cfg"))
+  if of_images.get("do_normalize") is False:
+    mean, std = [0.0] * 3, [1.0] * 3
+  elif "image_mean" in of_images:
+    mean, std = of_images["image_mean"], of_images.get("image_std")
   elif "mean" in of_timm:
-    mean, std = of_timm["mean"], of_timm["std"]
-  vision = of_model.get("vision_config", of_model)
-  gelus = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
-  if "hidden_act" in vision:
-    act = vision["hidden_act"]
-    fields["gelu"] = gelus.get(act, act)
+    mean, std = of_timm["mean"], of_timm.get("std")
+  if not _are_numbers(mean) or not _are_numbers(std) or min(std) <= 0:
+    raise ValueError(
+      f"by the configs beside it, images are normalised by mean {mean!r} and "
+      f"deviation {std!r}: want three numbers each, the latter > 0."
+    )
+  vision = _dict(of_model.get("vision_config", of_model))
+  act = vision.get("hidden_act")
+  if act is not None:
+    if act not in list(_GELUS):
+      raise ValueError(
+        f"its activation is {act!r} by config.json; this ViT has "
+        f"{', '.join(_GELUS)}."
+      )
+    fields["gelu"] = _GELUS[act]
   if "layer_norm_eps" in vision:
     fields["norm_eps"] = vision["layer_norm_eps"]
   if "num_attention_heads" in vision:
@@ -174,10 +198,22 @@ def _beside(folder):
   return list(mean), list(std), fields
 
 
+def _dict(value):
+  return value if isinstance(value, dict) else {}
+
+
+def _are_numbers(values):
+  return (
+    isinstance(values, list)
+    and len(values) == 3
+    and all(isinstance(x, int | float) and math.isfinite(x) for x in values)
+  )
+
+
 def _object(path):
   try:
     value = json.loads(path.read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError) as e:
+  except (ValueError, RecursionError) as e:
     raise ValueError(f"{path} beside the weights is damaged: {e}.") from None
   if not isinstance(value, dict):
     raise ValueError(f"{path} beside the weights holds no object.")
@@ -270,6 +306,8 @@ def _below(params, name):
 def _check_fields(origin, model):
   """Whether a model can compute what its parameters are of."""
   heads = origin.fields.get("num_heads")
+  if heads is None and origin.fields:
+    log.info("Heads of attention are as the model's: no file says how many.")
   if heads is not None and heads != getattr(model, "num_heads", heads):
     raise ValueError(
       f"it has {heads} heads, the model has {model.num_heads}: set "

@@ -92,20 +92,26 @@ def _is_file(name, path):
 
 
 def _below(name, folder, extensions) -> Iterator[File]:
-  paths = list(_walk(folder, extensions))
-  if not paths:
+  files = list(_walk(folder, extensions))
+  if not files:
     yield File(name, f"a folder without files {', '.join(extensions)}")
-  yield from map(File, paths)
+  yield from files
 
 
-def _walk(folder, extensions) -> Iterator[str]:
-  for path in sorted(folder.iterdir()):
+def _walk(folder, extensions) -> Iterator[File]:
+  try:
+    paths = sorted(folder.iterdir())
+  except OSError as e:
+    yield File(os.fspath(folder), e.strerror or str(e))
+    return
+  for path in paths:
     if path.name.startswith("."):
       continue
     if path.is_dir():
-      yield from _walk(path, extensions)
+      if not os.path.islink(path):  # They may lead back.
+        yield from _walk(path, extensions)
     elif path.name.lower().endswith(extensions):
-      yield os.fspath(path)
+      yield File(os.fspath(path))
 
 
 def rows(

@@ -180,7 +180,8 @@ class Predictor:
         )
       return None
     grid = self.model.grid if grid is None else grid
-    if isinstance(grid, str) or not all(isinstance(g, int) for g in grid):
+    is_tuple = isinstance(grid, tuple | list)
+    if not is_tuple or not all(isinstance(g, int) for g in grid):
       raise ValueError(f"grid={grid!r}: want a tuple of integers, as (3, 3).")
     grid = tokens.check_grid(grid, self.model.lookup_grid(self.image_size))
     if grid not in self.grids and grid not in self._told:

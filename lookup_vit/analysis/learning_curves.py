@@ -80,15 +80,15 @@ def table(curves: Sequence[Curve], target: float) -> str:
     f"| | runs | at the end (%) | steps to {target:.1%} | of the first's |",
     "|---|---|---|---|---|",
   ]
-  base = None
+  firsts = first_steps(curves[0], target)
+  base = 0 if None in firsts else np.mean(firsts)
   for curve in curves:
     last = 100 * curve.values[:, -1]
     spread = f" ± {last.std(ddof=1):.2f}" if len(last) > 1 else ""
     steps = first_steps(curve, target)
     texts = ["never" if s is None else str(s) for s in steps]
     share = "-"
-    if None not in steps:
-      base = base or np.mean(steps)
+    if base and None not in steps:
       share = f"{np.mean(steps) / base:.2f}"
     lines.append(
       f"| {curve.label} | {len(last)} | {last.mean():.2f}{spread} | "

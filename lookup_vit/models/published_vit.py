@@ -198,7 +198,19 @@ def convert(weights: Mapping[str, np.ndarray]) -> Published:
       "its classifier stands on a layer of its own (pre_logits), which is none "
       "of this model: both are left out."
     )
-  if "fc_norm.weight" in weights:
+  if "classifier.weight" in weights and "head.probe" in weights:
+    # SiglipForImageClassification classifies the mean of the tokens.
+    weights = {k: x for k, x in weights.items() if not k.startswith("head.")}
+    notes.append(
+      "its classifier reads the mean of tokens: attention pooling is left out."
+    )
+  if "fc_norm.weight" in weights and "cls_token" in weights:
+    weights = {k: x for k, x in weights.items() if not re.match(r"head\.", k)}
+    notes.append(
+      "its classifier reads the mean of patches beside a class token, which is "
+      "none of this model: it is left out."
+    )
+  elif "fc_norm.weight" in weights:
     notes.append(
       "its last LayerNorm is after the mean over tokens (fc_norm), here it is "
       "before: outputs are near, not the same."

@@ -125,8 +125,8 @@ def hugging_face(weights, images):
   return m.linear("classifier", m.norm("vit.layernorm", x)[:, 0])
 
 
-def siglip(weights, images):
-  """The pooled output of SigLIP's image tower."""
+def siglip(weights, images, pooled=True):
+  """The pooled output of SigLIP's image tower, or its last tokens."""
   m = Torch(weights, False, 1e-6)
   name = "vision_model.embeddings"
   x = m.conv(f"{name}.patch_embedding", images)
@@ -140,6 +140,8 @@ def siglip(weights, images):
     y = m.norm(f"{name}.layer_norm2", x)
     x = x + m.mlp(f"{name}.mlp.fc1", f"{name}.mlp.fc2", y)
   x = m.norm("vision_model.post_layernorm", x)
+  if not pooled:
+    return x
   # torch.nn.MultiheadAttention.
   name = "vision_model.head"
   kernels = np.split(m.w[f"{name}.attention.in_proj_weight"], 3)

@@ -155,6 +155,66 @@ def test_hugging_face_siglip(tmp_path):
   check(path, model(None, pool="map"), want)
 
 
+def test_hugging_face_siglip_for_classification(tmp_path):
+  """Its classifier reads the mean of tokens, not the pooled one."""
+  weights = published.draw_siglip()
+  rng = np.random.default_rng(5)
+  weights["classifier.weight"] = rng.normal(size=(CLASSES, WIDTH))
+  weights["classifier.bias"] = rng.normal(size=CLASSES)
+  weights = {k: x.astype(np.float32) for k, x in weights.items()}
+  tokens = published.siglip(weights, images(), pooled=False)
+  want = tokens.mean(1) @ weights["classifier.weight"].T
+  want += weights["classifier.bias"]
+  path = save_torch(tmp_path / "model.safetensors", weights)
+  check(path, model(), want)
+
+
+def test_images_that_are_not_normalised(tmp_path):
+  weights = published.draw_timm()
+  x = images()
+  want = published.timm(weights, (x + 1) / 2)
+  save_torch(tmp_path / "model.safetensors", weights)
+  config = dict(do_normalize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+  (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+  check(tmp_path, model(pool="tok", gelu="exact"), want, x)
+
+
+@pytest.mark.parametrize(
+  "config, words",
+  [
+    ({"pretrained_cfg": dict(mean=[0.5] * 3, std=[0, 0, 0])}, "> 0"),
+    ({"pretrained_cfg": dict(mean=0.5, std=[0.5] * 3)}, "three numbers"),
+    ({"pretrained_cfg": dict(mean=[0.5] * 3)}, "three numbers"),
+    ({"hidden_act": ["x"]}, "activation"),
+    ({"hidden_act": "quick_gelu"}, "activation"),
+  ],
+)
+def test_configs_beside_weights_that_cannot_work(tmp_path, config, words):
+  save_torch(tmp_path / "model.safetensors", published.draw_timm())
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=words):
+    start(tmp_path, model(pool="tok", gelu="exact"))
+
+
+def test_empty_configs_beside_weights(tmp_path):
+  weights = published.draw_timm()
+  save_torch(tmp_path / "model.safetensors", weights)
+  config = dict(pretrained_cfg=None, vision_config=None)
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  want = published.timm(weights, images())
+  check(tmp_path, model(pool="tok", gelu="exact"), want)
+
+
+@pytest.mark.parametrize(
+  "name", ["blocks.0.attn.qkv.weight", "patch_embed.proj.weight", "blocks.0.norm1.bias"]
+)
+def test_arrays_without_a_shape(tmp_path, name):
+  weights = published.draw_timm() | {name: np.zeros((), np.float32)}
+  path = save_torch(tmp_path / "w.safetensors", weights)
+  with pytest.raises(ValueError, match="config.model_init="):
+    start(path, model(pool="tok", gelu="exact"))
+
+
 def test_bfloat16(tmp_path):
   """As PyTorch's and NumPy's files have it."""
   timm = published.draw_timm()
@@ -221,6 +281,10 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / name).write_bytes(b"no weights")
     with pytest.raises(ValueError, match=f"config.model_init=.*{name}.*is no"):
       start(tmp_path / name, model())
+  np.save(tmp_path / "one.npy", np.zeros(3))
+  (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+  with pytest.raises(ValueError, match=r"one\.npz.*is no \.npz of arrays"):
+    start(tmp_path / "one.npz", model())
   # Nothing is unpickled.
   np.savez(tmp_path / "o.npz", **{"embedding/kernel": np.array([{}])})
   with pytest.raises(ValueError, match=r"o\.npz.*is no \.npz of arrays"):
@@ -236,6 +300,9 @@ def test_a_norm_after_the_mean_is_told(tmp_path):
   for leaf in ("weight", "bias"):
     weights[f"fc_norm.{leaf}"] = weights.pop(f"norm.{leaf}")
   assert "fc_norm" in published_vit.convert(weights).notes[0]
+  weights["cls_token"] = np.zeros((1, 1, WIDTH), np.float32)
+  got = published_vit.convert(weights)
+  assert "left out" in got.notes[0] and "head/kernel" not in got.params
 
 
 def test_a_layer_before_the_classifier_is_left_out_with_it():
