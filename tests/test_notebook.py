@@ -49,12 +49,11 @@ def _pictures(cell):
 
 
 def _kinds(cell):
-  """What a cell shows: streams by name, and the richest type of the rest."""
+  """What a cell shows: streams by name, the rest by type."""
   found = set()
   for output in cell.outputs:
-    types = [*output.get("data", {}), *([output["name"]] * ("name" in output))]
-    found |= {t for t in types if t != "text/plain"}
-  return found
+    found |= {output.get("name"), *output.get("data", {})}
+  return found - {None, "text/plain"}
 
 
 # As committed.
