@@ -206,7 +206,12 @@ def test_empty_configs_beside_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "name", ["blocks.0.attn.qkv.weight", "patch_embed.proj.weight", "blocks.0.norm1.bias"]
+  "name",
+  [
+    "blocks.0.attn.qkv.weight",
+    "patch_embed.proj.weight",
+    "blocks.0.norm1.bias",
+  ],
 )
 def test_arrays_without_a_shape(tmp_path, name):
   weights = published.draw_timm() | {name: np.zeros((), np.float32)}
