@@ -29,9 +29,10 @@ def model(classes=CLASSES, **fields):
 
 
 def shapes(m, *size):
+  """Parameters that are zeros, where nothing else takes their place."""
   x = jax.ShapeDtypeStruct((1, *(size or SIZE), 3), np.float32)
-  init = jax.jit(m.init)
-  return init(jax.random.key(0), np.zeros(x.shape, np.float32))["params"]
+  tree = jax.eval_shape(m.init, jax.random.key(0), x)["params"]
+  return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), tree)
 
 
 def start(path, m):
