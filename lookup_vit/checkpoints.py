@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import ml_collections
 import orbax.checkpoint as ocp
 
-from lookup_vit import config_utils, parallel
+from lookup_vit import checksums, config_utils, parallel
+from lookup_vit.exports import params_file
 
 _CONFIG = config_utils.CONFIG_FILE
 _FOLDER = "checkpoints"
@@ -82,38 +83,6 @@ def read_classes(workdir: str) -> list[str] | None:
   return classes
 
 
-def checksums(tree: Any) -> list[int]:
-  """A number for each array of a tree, of its bits and their places."""
-  return [int(s) for s in _checksums(tree)]
-
-
-@jax.jit
-def _checksums(tree):
-  """A uint32 for each array, of its bits and their places.
-
-  Integer arithmetic: the same on any number of devices. A change of a single
-  element always shows, since each is mixed by a bijection (MurmurHash3's last
-  step).
-  """
-
-  def one(x):
-    x = jnp.atleast_1d(x)
-    if x.dtype == jnp.bool_:
-      x = x.astype(jnp.uint8)
-    uint = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, uint).astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis in range(x.ndim):
-      iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-      place = place * jnp.uint32(0x9E3779B1) + iota
-    mixed = bits ^ (place * jnp.uint32(0x85EBCA77))
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-      mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
-
-  return [one(x) for x in jax.tree.leaves(tree)]
-
-
 def _parts(state):
   """A train state as the trees that are saved under a name of their own."""
   parts = {"params": state.params, "opt_state": state.opt_state}
@@ -164,7 +133,7 @@ class Checkpoints:
   def save(self, step: int, state: Any) -> None:
     """Starts to write a checkpoint; returns once the state may be donated."""
     parts = _parts(state)
-    sums = {k: checksums(v) for k, v in parts.items()}
+    sums = {k: checksums.of(v) for k, v in parts.items()}
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -229,7 +198,7 @@ class Checkpoints:
     except Exception as e:  # Orbax raises many kinds.
       raise self._damaged(step, e) from e
     for name in targets:
-      if checksums(restored[name]) != sums[name]:
+      if checksums.of(restored[name]) != sums[name]:
         raise self._damaged(step, f"the checksums of {name} differ")
     return {name: restored[name] for name in targets}
 
@@ -309,17 +278,13 @@ def load_params(
 
 
 def _is_exported(workdir):
-  from lookup_vit import export_safetensors  # Which wants this module.
-
   path = config_utils.workdir_path(workdir)
-  exported = (path / export_safetensors.FILE).exists()
+  exported = (path / params_file.FILE).exists()
   return exported and not (path / _FOLDER).exists()
 
 
 def _load_exported(workdir, step):
-  from lookup_vit import export_safetensors
-
-  params, only, config = export_safetensors.load(workdir)
+  params, only, config = params_file.load(workdir)
   if step not in (None, only):
     raise ValueError(f"{workdir} has no checkpoint {step}, only {only}.")
   return params, only, config

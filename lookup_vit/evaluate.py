@@ -26,11 +26,11 @@ from lookup_vit import (
   cli,
   config_utils,
   distributed,
+  evaluation,
   evaluators,
   parallel,
   startup,
   tokenizer,
-  train,
   train_step,
 )
 from lookup_vit.analysis import accuracy_vs_flops, summary
@@ -93,7 +93,7 @@ def evaluate(
   program = train_step.Program(config, config.total_steps)
   if grids:
     _set_grids(program, grids)
-  chosen = train.make_evaluators(program, config.evals)
+  chosen = evaluation.make(program, config.evals)
   params, step, _ = checkpoints.load_params(
     workdir, step, program.state_shardings.params
   )

@@ -41,16 +41,8 @@ import jax
 import ml_collections
 from absl import flags
 
-from lookup_vit import (
-  checkpoints,
-  cli,
-  config_utils,
-  export_compare,
-  export_programs,
-  export_safetensors,
-  export_stablehlo,
-  predictor,
-)
+from lookup_vit import checkpoints, cli, config_utils, predictor
+from lookup_vit.exports import classifier, compare, params_file, stablehlo
 from lookup_vit.models import tokens
 from lookup_vit.train_step import Program
 
@@ -111,7 +103,7 @@ def export(
     overwrite: whether an export that is there is replaced.
 
   Returns:
-    The largest difference that was found, as `export_compare.TOLERANCE` has
+    The largest difference that was found, as `compare.TOLERANCE` has
     it.
 
   Raises:
@@ -144,7 +136,7 @@ def export(
     log.info("Step %d of %s.", step, workdir)
     with _made(output) as folder:
       if format == "safetensors":
-        export_safetensors.write(folder, params, step)
+        params_file.write(folder, params, step)
         checkpoints.write_config(folder, saved)
         worst = _check_params(folder, params)
         _write_note(folder, format, step)
@@ -169,7 +161,7 @@ def load_safetensors(path: str) -> tuple[ml_collections.ConfigDict, Any]:
   Raises:
     ValueError: there is none, or it is damaged.
   """
-  params, _, config = export_safetensors.load(path)
+  params, _, config = params_file.load(path)
   return config, params
 
 
@@ -235,9 +227,9 @@ def _check_pp(config, format, pp):
       pp = config_utils.evaluation(config).pp_fn
     pp = predictor.with_resize(pp, size[-2:])
   if encoded:
-    from lookup_vit import export_savedmodel
+    from lookup_vit.exports import savedmodel
 
-    export_savedmodel.reader(pp, size)
+    savedmodel.reader(pp, size)
   for call in registry.calls(pp or "", "value_range"):
     call.apply_defaults()
     found = [call.arguments[k] for k in ("vmin", "vmax", "in_min", "in_max")]
@@ -300,26 +292,26 @@ def _write_programs(
   folder, format, program, params, step, grids, batch_size, platforms, pp
 ):
   """Writes the programs and runs them; returns the largest difference."""
-  functions = export_programs.functions(program, grids)
-  flat = export_programs.by_name(params)
+  functions = classifier.functions(program, grids)
+  flat = classifier.by_name(params)
   size = program.config.input.image_size
-  images = export_programs.images_shape(batch_size, size)
+  images = classifier.images_shape(batch_size, size)
   note = dict(programs=list(functions), images=_described(images))
   if format == "onnx":
-    from lookup_vit import export_onnx as part
+    from lookup_vit.exports import onnx as part
 
     part.write(folder, functions, flat, step, images)
   elif format == "savedmodel":
-    from lookup_vit import export_savedmodel as part
+    from lookup_vit.exports import savedmodel as part
 
     read = part.reader(pp, size) if pp else None
     part.write(folder, functions, flat, images, platforms, read)
     note |= dict(platforms=list(platforms), pp=pp)
   else:
-    part = export_stablehlo
+    part = stablehlo
     part.write(folder, functions, flat, step, images, platforms)
     note |= dict(platforms=list(platforms))
-  worst = export_compare.compare(
+  worst = compare.compare(
     part.load(folder), program, params, grids, batch_size, pp
   )
   first, *_ = functions.values()
@@ -330,8 +322,8 @@ def _write_programs(
 
 
 def _check_params(folder, params):
-  found, _, _ = export_safetensors.load(folder)
-  if not export_safetensors.same(found, params):
+  found, _, _ = params_file.load(folder)
+  if not params_file.same(found, params):
     raise ValueError("What was written differs from the parameters.")
   return 0.0
 
@@ -376,7 +368,7 @@ def main(argv):
     step=FLAGS.step,
     overwrite=FLAGS.overwrite,
   )
-  found = f"largest difference {worst:.1e}, at most {export_compare.TOLERANCE}"
+  found = f"largest difference {worst:.1e}, at most {compare.TOLERANCE}"
   if FLAGS.format == "safetensors":
     found = "bit for bit"
   print(f"Written: {FLAGS.output} ({found})")

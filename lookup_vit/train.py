@@ -13,13 +13,10 @@ its state, 1 for an error.
 """
 
 import collections
-import datetime
-import inspect
 import itertools
 import logging
 import sys
-import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -36,6 +33,7 @@ from lookup_vit import (
   descriptions,
   distributed,
   environment,
+  evaluation,
   input_pipeline,
   input_wait,
   metric_writer,
@@ -48,24 +46,14 @@ from lookup_vit import (
 from lookup_vit.analysis import summary
 from lookup_vit.models import captioner, probe
 from lookup_vit.preprocess import text_ops
+from lookup_vit.progress import Progress
 
 FLAGS = flags.FLAGS
 
 log = logging.getLogger("lookup_vit")
 
-# Updates that may be under way on the devices: enough to keep them busy, few
-# enough that a loss that is not finite is seen soon (and that many virtual CPU
-# devices in one process do not deadlock).
-_IN_FLIGHT = 8
-
-# Metrics that are logged: their names for people, and how they are written.
-_HEADLINES = {"top1": ("top-1", "{:.2%}"), "CIDEr": ("CIDEr", "{:.3f}")}
-
 # Batches that the statistics of a probe's features are of.
 _CALIBRATION = 16
-
-# Share of the time that the devices wait for data from which on it is told.
-_SLOW_INPUT = 0.1
 
 
 def train_and_evaluate(
@@ -110,7 +98,7 @@ def train_and_evaluate(
     tokenizer.check_workdir(workdir, words)
   program = train_step.Program(config, total_steps)
   check_classes(config, data, "config.input.data")
-  evaluators = make_evaluators(program, config.evals)
+  evaluators = evaluation.make(program, config.evals)
   program.check_input(make_dataset(config, 0).element_spec, "config.input.pp")
   for _, _, pp in sets if words else ():
     with config_utils.at_fault("config.input.pp"):
@@ -151,8 +139,8 @@ def train_and_evaluate(
   batches = prefetch(make_dataset(config, start), program.mesh)
   saved = start
   try:
-    due = due_after_restart(evaluators, start, total_steps, measured)
-    metrics = evaluate(due, state, start, workdir, writer, measured)
+    due = evaluation.due_after_restart(evaluators, start, total_steps, measured)
+    metrics = evaluation.run(due, state, start, workdir, writer, measured)
     for step in range(start, total_steps):
       grid = train_step.draw_grid(program.grids, config.seed, step)
       with wait.fetching():
@@ -161,7 +149,7 @@ def train_and_evaluate(
       wait.dispatched(scalars["loss"])
       progress.add(step + 1, grid, scalars)
       last = step + 1 == total_steps
-      due = due_evaluators(evaluators, step + 1, last)
+      due = evaluation.due(evaluators, step + 1, last)
       save = last or (step + 1) % config.ckpt_steps == 0
       leave = distributed.preempted() and not last
       if not due and not save and not leave:
@@ -172,7 +160,7 @@ def train_and_evaluate(
         saved = step + 1
       if leave:
         raise distributed.Preempted
-      metrics = evaluate(due, state, step + 1, workdir, writer)
+      metrics = evaluation.run(due, state, step + 1, workdir, writer)
       progress.restart_clock(step + 1)
   except distributed.Preempted:
     step = int(state.step)
@@ -320,111 +308,6 @@ def check_encoder(spec: str, encoder: Any) -> None:
       raise ValueError(f"the frozen encoder has {'; '.join(wrong)}.")
 
 
-def make_evaluators(
-  program: train_step.Program, evals: ml_collections.ConfigDict
-) -> dict[str, tuple[Any, int | None]]:
-  """Evaluators by name, each with its `log_steps` (None: at the end only).
-
-  Raises:
-    ValueError: an unknown type or field, or one that cannot work.
-  """
-  evaluators = {}
-  for name, fields in evals.items():
-    fields = fields.to_dict()
-    where = f"config.evals.{name}"
-    make = train_step.import_part(
-      "evaluators", fields.pop("type", None), "Evaluator", f"{where}.type"
-    )
-    log_steps = fields.pop("log_steps", None)
-    if log_steps is not None and not (
-      isinstance(log_steps, int) and log_steps > 0
-    ):
-      raise ValueError(f"{where}.log_steps={log_steps!r}: want an integer > 0.")
-    try:
-      inspect.signature(make).bind(program, name, **fields)
-    except TypeError as e:
-      raise ValueError(f"{where}: {e}.") from e
-    with config_utils.at_fault(where):
-      evaluator = make(program, name, **fields)
-    evaluators[name] = (evaluator, log_steps)
-  return evaluators
-
-
-def due_evaluators(
-  evaluators: dict[str, tuple[Any, int | None]], step: int, last: bool
-) -> dict[str, Any]:
-  """The evaluators whose turn it is after a step: all of them at the end."""
-  return {
-    name: evaluator
-    for name, (evaluator, log_steps) in evaluators.items()
-    if last or (log_steps and step % log_steps == 0)
-  }
-
-
-def due_after_restart(
-  evaluators: dict[str, Any],
-  start: int,
-  total_steps: int,
-  measured: Collection[str],
-) -> dict[str, Any]:
-  """The evaluators to run before training goes on.
-
-  A run may have ended between saving and evaluating; and a finished one shows
-  its results again.
-  """
-  last = start == total_steps
-  if not start:
-    return {}
-  return {
-    name: evaluator
-    for name, evaluator in due_evaluators(evaluators, start, last).items()
-    if last or not any(other.startswith(f"{name}/") for other in measured)
-  }
-
-
-def evaluate(
-  evaluators: dict[str, Any],
-  state: train_step.TrainState,
-  step: int,
-  workdir: str,
-  writer: metric_writer.MetricWriter | None,
-  measured: Collection[str] = (),
-) -> dict[str, float]:
-  """Runs evaluators, on the Polyak average where there is one.
-
-  Args:
-    evaluators: by name.
-    state: what to evaluate.
-    step: of the state.
-    workdir: where evaluators may leave files.
-    writer: None on processes that do not write.
-    measured: names of metrics of this step that were written before.
-
-  Returns:
-    The metrics by name.
-
-  Raises:
-    Preempted: the processes were told to stop.
-  """
-  params = state.params if state.ema is None else state.ema
-  metrics = {}
-  for evaluator in evaluators.values():
-    found = dict(evaluator.run(params, distributed.check, workdir))
-    for metric, (title, text) in _HEADLINES.items():
-      values = [
-        f"{k.removesuffix(f'/{metric}')} {text.format(v)}"
-        for k, v in found.items()
-        if k.endswith(f"/{metric}")
-      ]
-      if values:
-        log.info("step %d  %s: %s", step, title, ", ".join(values))
-    metrics.update(found)
-  new = {k: v for k, v in metrics.items() if k not in measured}
-  if new and writer:
-    writer.write(step, new)
-  return metrics
-
-
 def prefetch(
   batches: Iterable[Any], mesh: Any, ahead: int = 2
 ) -> Iterator[Any]:
@@ -435,104 +318,6 @@ def prefetch(
     if len(queue) > ahead:
       yield queue.popleft()
   yield from queue
-
-
-class Progress:
-  """Follows the updates: logs, writes metrics, stops where one is not finite.
-
-  Args:
-    program: what is trained.
-    writer: None on processes that do not write.
-    store: where the last good checkpoint is.
-    wait: what the devices waited for data.
-    clock: of the start.
-    step: of the state that training starts from.
-    total_steps: length of the training.
-  """
-
-  def __init__(
-    self,
-    program: train_step.Program,
-    writer: metric_writer.MetricWriter | None,
-    store: checkpoints.Checkpoints,
-    wait: input_wait.InputWait,
-    clock: startup.Clock,
-    step: int,
-    total_steps: int,
-  ):
-    self.config = program.config
-    self.writer = writer
-    self.store = store
-    self.wait = wait
-    self.clock = clock
-    self.total_steps = total_steps
-    self.pending = collections.deque()
-    self.start = step
-    self.restart_clock(step)
-
-  def restart_clock(self, step: int) -> None:
-    """Leaves out of the rate what was done since the last update."""
-    self.since = (step, time.monotonic(), self.wait.seconds)
-
-  def add(self, step: int, grid: Any, scalars: dict[str, jax.Array]) -> None:
-    """Notes an update that was started; looks at those long started."""
-    if step == self.start + 1:
-      jax.block_until_ready(scalars)
-      self.clock.report()
-    self.pending.append((step, grid, scalars))
-    while len(self.pending) > _IN_FLIGHT:
-      self._look(*self.pending.popleft())
-
-  def flush(self) -> None:
-    """Waits for the updates that were started and looks at them."""
-    while self.pending:
-      self._look(*self.pending.popleft())
-
-  def _look(self, step, grid, scalars):
-    if not scalars["finite"]:
-      self.store.wait()
-      steps = self.store.steps()
-      last = f"step {steps[-1]} in {self.store.path}" if steps else "none"
-      values = {k: float(scalars[k]) for k in ("loss", "grad_norm", "lr")}
-      if self.writer:
-        text = ", ".join(f"{k} {v:g}" for k, v in values.items())
-        self.writer.write(step, {"train/diverged": text})
-      raise FloatingPointError(
-        f"Update {step} is not finite ({values}, grid {grid}). The last good "
-        f"checkpoint: {last}. Lower config.lr, clip gradients "
-        "(config.grad_clip_norm) or set config.model.qk_norm, in a new work "
-        "directory."
-      )
-    every = self.config.log_training_steps
-    if step % every and step not in (1, self.total_steps):
-      return
-    scalars = jax.device_get(scalars)
-    values = {
-      f"train/{k}": float(v) for k, v in scalars.items() if k != "finite"
-    }
-    if grid is not None:
-      values["train/grid"] = config_utils.format_grid(grid)
-    parts = [
-      f"step {step}/{self.total_steps} ({step / self.total_steps:.0%})",
-      f"loss {values['train/loss']:.4f}",
-    ]
-    if grid is not None:
-      parts.append(values["train/grid"])
-    then, clock, waited = self.since
-    seconds = time.monotonic() - clock
-    values["train/input_wait"] = (self.wait.seconds - waited) / seconds
-    if step > self.start + 1:  # The first step's time is that of compiling.
-      rate = (step - then) / seconds
-      values["train/images_per_second"] = rate * self.config.input.batch_size
-      parts.append(f"{values['train/images_per_second']:.0f} images/s")
-      left = round((self.total_steps - step) / rate)
-      parts.append(f"ETA {datetime.timedelta(seconds=left)}")
-      if values["train/input_wait"] > _SLOW_INPUT:
-        parts.append(f"waits for data {values['train/input_wait']:.0%}")
-    self.restart_clock(step)
-    log.info("  ".join(parts))
-    if self.writer:
-      self.writer.write(step, values)
 
 
 def _images(evaluators, count=4):

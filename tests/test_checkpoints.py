@@ -5,7 +5,6 @@ import re
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -99,23 +98,6 @@ def test_a_save_that_was_killed_does_not_count(copy):
     os.path.join(folder, "16.orbax-checkpoint-tmp"),
   )
   assert checkpoints.load_params(workdir)[1] == 12
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool"])
-def test_checksum_sees_any_single_change(dtype):
-  rng = np.random.default_rng(0)
-  x = jnp.asarray(rng.integers(0, 2, (3, 5, 7))).astype(dtype)
-  before = checkpoints._checksums([x])[0]
-  seen = set()
-  for place in np.ndindex(x.shape):
-    changed = x.at[place].set(1 - x[place])
-    seen.add(int(checkpoints._checksums([changed])[0]))
-  assert int(before) not in seen
-  assert len(seen) > 0.99 * x.size
-  # Also two elements exchanged.
-  y = jnp.asarray(rng.normal(size=(4, 6)).astype(np.float32))
-  swapped = y.at[0, 0].set(y[3, 5]).at[3, 5].set(y[0, 0])
-  assert checkpoints._checksums([y]) != checkpoints._checksums([swapped])
 
 
 def test_missing_things_are_named(tmp_path, run):

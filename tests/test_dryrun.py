@@ -9,7 +9,7 @@ import re
 import jax
 import pytest
 
-from lookup_vit import config_utils, dryrun, train
+from lookup_vit import config_utils, dryrun, progress, train
 from lookup_vit.analysis import hlo, steps
 from tests import programs, small
 
@@ -350,7 +350,7 @@ def test_every_config_states_its_pod():
 def test_as_many_batches_ahead_as_training():
   parameters = inspect.signature(train.prefetch).parameters
   assert parameters["ahead"].default == steps.BATCHES_AHEAD
-  assert train._IN_FLIGHT == steps.STEPS_IN_FLIGHT
+  assert progress.IN_FLIGHT == steps.STEPS_IN_FLIGHT
 
 
 WRONG_EVALS = [

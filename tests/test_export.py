@@ -1,5 +1,6 @@
 """Tests of lookup_vit/export.py and its formats."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -14,15 +15,10 @@ import lookup_vit
 from lookup_vit import (
   checkpoints,
   export,
-  export_compare,
-  export_onnx,
-  export_programs,
-  export_safetensors,
-  export_savedmodel,
-  export_stablehlo,
   model_init,
   train_step,
 )
+from lookup_vit.exports import classifier, compare, params_file
 from lookup_vit.preprocess import get_preprocess_fn
 from tests import exports, programs
 from tests.exports import (
@@ -111,7 +107,7 @@ def test_stablehlo_of_a_vit_and_a_fixed_batch(vit, tmp_path):
   check(found, expected(vit, images(2)))
   assert program.platforms == ("cpu",)
   with pytest.raises(ValueError, match="shape"):
-    program.call(export_safetensors.read(output)[0], images(3))
+    program.call(params_file.read(output)[0], images(3))
 
 
 def test_no_kernels(lookup, stablehlo):
@@ -148,7 +144,7 @@ def test_safetensors_are_bit_equal(lookup, tmp_path):
   assert found.keys() == want.keys()
   for name, x in want.items():
     assert found[name].tobytes() == x.tobytes() and found[name].shape == x.shape
-  assert export_safetensors.load(output)[1] == 1
+  assert params_file.load(output)[1] == 1
   assert json.loads((tmp_path / "out/classes.json").read_text()) == [*"abc"]
 
 
@@ -186,7 +182,7 @@ def test_safetensors_of_a_captioner(tmp_path):
   assert export.export(run.workdir, "safetensors", str(output)) == 0
   config, params = export.load_safetensors(str(output))
   assert config == run.program.config
-  assert export_safetensors.same(params, run.params)
+  assert params_file.same(params, run.params)
   assert (output / "tokenizer.model").read_bytes() == b"words"
 
 
@@ -246,22 +242,23 @@ def tamper(format, folder):
     variable.assign(variable + 0.5)
     tf.saved_model.save(module, folder, module.signatures)
   else:
-    flat, step = export_safetensors.read(folder)
-    export_safetensors.write(folder, perturbed(flat), step)
+    flat, step = params_file.read(folder)
+    params_file.write(folder, perturbed(flat), step)
 
 
 @pytest.mark.parametrize(
   ("format", "part"),
   [
-    ("stablehlo", export_stablehlo),
-    ("savedmodel", export_savedmodel),
-    ("onnx", export_onnx),
-    ("safetensors", export_safetensors),
+    ("stablehlo", "stablehlo"),
+    ("savedmodel", "savedmodel"),
+    ("onnx", "onnx"),
+    ("safetensors", "params_file"),
   ],
 )
 def test_nothing_is_left_of_what_differs(
   format, part, lookup, made, tmp_path, monkeypatch
 ):
+  part = importlib.import_module(f"lookup_vit.exports.{part}")
   load = part.load
   fields = {}
   if format != "safetensors":
@@ -283,22 +280,22 @@ def test_nothing_is_left_of_what_differs(
       assert os.listdir(tmp_path) == []
       export.export(lookup.workdir, "safetensors", str(output), step=1)
   # What was there is there still.
-  assert export_safetensors.load(str(output))[1] == 1
+  assert params_file.load(str(output))[1] == 1
   assert os.listdir(tmp_path) == ["out"]
 
 
 def test_difference():
   one = {"a": np.array([[1.0, 4.0]]), "b": np.array([0.5])}
   found = {"a": np.array([[1.0, 4.2]]), "b": np.array([0.51])}
-  assert export_compare.difference(found, one) == pytest.approx(0.05)
+  assert compare.difference(found, one) == pytest.approx(0.05)
   found["b"][0] = np.nan
-  assert not export_compare.difference(found, one) <= 1
+  assert not compare.difference(found, one) <= 1
   with pytest.raises(ValueError, match="differs from the model by nan"):
-    export_compare.check("it", export_compare.difference(found, one))
+    compare.check("it", compare.difference(found, one))
   with pytest.raises(ValueError, match=r"It returns .*, the model"):
-    export_compare.difference({"a": one["a"]}, one)
+    compare.difference({"a": one["a"]}, one)
   with pytest.raises(ValueError, match=r"It returns .*, the model"):
-    export_compare.difference({**one, "b": np.array([[0.5]])}, one)
+    compare.difference({**one, "b": np.array([[0.5]])}, one)
 
 
 def test_scale():
@@ -306,17 +303,17 @@ def test_scale():
   pixels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, -1)
   ops = get_preprocess_fn("value_range(-1,1)")
   want = ops({"image": pixels}, np.zeros(2, np.int32))["image"].numpy()
-  np.testing.assert_array_equal(export_programs.scale(pixels), want)
+  np.testing.assert_array_equal(classifier.scale(pixels), want)
 
 
 def test_portable_models():
   """MHBC by the fewest multiply-adds, and as the run says where it says."""
   program = train_step.Program(make_config(), 2, jax.local_devices()[:1])
   model = program.model
-  assert export_programs.portable(model, SIZE, (1, 2)).mhbc_impl == "absorbed"
-  assert export_programs.portable(model, SIZE, (4, 6)).mhbc_impl == "direct"
+  assert classifier.portable(model, SIZE, (1, 2)).mhbc_impl == "absorbed"
+  assert classifier.portable(model, SIZE, (4, 6)).mhbc_impl == "direct"
   fused = model.clone(mhbc_impl="fused", dtype="bfloat16", attention="fused")
-  made = export_programs.portable(fused, SIZE, (4, 6))
+  made = classifier.portable(fused, SIZE, (4, 6))
   assert (made.mhbc_impl, made.dtype, made.scan) == (
     *("absorbed", "float32"),
     False,
@@ -417,9 +414,9 @@ def test_an_output_that_is_there(lookup, tmp_path):
   export.export(lookup.workdir, "safetensors", str(output), step=1)
   with pytest.raises(ValueError, match="--overwrite replaces it"):
     export.export(lookup.workdir, "safetensors", str(output))
-  assert export_safetensors.load(str(output))[1] == 1
+  assert params_file.load(str(output))[1] == 1
   export.export(lookup.workdir, "safetensors", str(output), overwrite=True)
-  assert export_safetensors.load(str(output))[1] == 2
+  assert params_file.load(str(output))[1] == 2
   assert os.listdir(tmp_path) == ["out"]
 
 

@@ -1,4 +1,4 @@
-"""Tests of lookup_vit/export_onnx.py."""
+"""Tests of lookup_vit/exports/onnx.py."""
 
 import os
 import pathlib
@@ -10,7 +10,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from lookup_vit import export, export_onnx, export_programs
+from lookup_vit import export
+from lookup_vit.exports import classifier, onnx
 from lookup_vit.tasks import classification
 from lookup_vit.train_step import build_model
 from tests import exports
@@ -115,7 +116,7 @@ def test_models(name, fields, config):
     fields = dict(grid=GRID) | fields
   config = exports.make_config(name, model=fields, **config)
   # The model with the config's number of blocks, and in float32.
-  model = export_programs._with(
+  model = classifier._with(
     build_model(config), lambda model: dict(dtype="float32")
   )
   size = config.input.image_size
@@ -131,11 +132,11 @@ def test_models(name, fields, config):
     config=config,
     task=classification.Task(config),
   )
-  [function] = export_programs.functions(program, [grid]).values()
-  converted = export_onnx.convert(
+  [function] = classifier.functions(program, [grid]).values()
+  converted = onnx.convert(
     function,
-    export_programs.by_name(params),
-    export_programs.images_shape(None, size),
+    classifier.by_name(params),
+    classifier.images_shape(None, size),
   )
   session = session_of(converted.SerializeToString())
   program.model = model
@@ -216,7 +217,7 @@ def test_operations(function):
     return {"x": function(x) + 0 * params["zero"], "unused": params["one"]}
 
   (batch,) = jax.export.symbolic_shape("batch")
-  model = export_onnx.convert(
+  model = onnx.convert(
     of_params,
     {"zero": np.zeros((), np.float32), "one": np.ones(3, np.float32)},
     jax.ShapeDtypeStruct((batch, 4, 5), np.float32),
@@ -249,4 +250,4 @@ def test_operations_that_are_not_known(function, words):
   (batch,) = jax.export.symbolic_shape("batch")
   x = jax.ShapeDtypeStruct((batch, 4, 5), np.float32)
   with pytest.raises(ValueError, match=words):
-    export_onnx.convert(lambda params, x: {"x": function(x)}, {}, x)
+    onnx.convert(lambda params, x: {"x": function(x)}, {}, x)

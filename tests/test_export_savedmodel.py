@@ -1,4 +1,4 @@
-"""Tests of lookup_vit/export_savedmodel.py."""
+"""Tests of lookup_vit/exports/savedmodel.py."""
 
 import pathlib
 
@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lookup_vit import export, export_programs, export_savedmodel, image_files
+from lookup_vit import export, image_files
 from lookup_vit.analysis.attention_maps import as_pixels
+from lookup_vit.exports import classifier
+from lookup_vit.exports.savedmodel import reader
 from tests import exports
 from tests.exports import GRID, PP, SIZE, check, expected, images
 from tests.models import common
@@ -62,7 +64,7 @@ def test_savedmodel_at_several_grids_and_any_batch(lookup, savedmodel):
 def test_savedmodel_of_encoded_images(lookup, savedmodel, files):
   contents = [pathlib.Path(path).read_bytes() for path in files]
   pixels = image_files.read(files, PP, SIZE)
-  read = export_savedmodel.reader(PP, SIZE)
+  read = reader(PP, SIZE)
   found = read(tf.constant(contents)).numpy()
   np.testing.assert_array_equal(as_pixels(found), as_pixels(pixels))
   # TensorFlow's graphs divide by a number by way of its inverse.
@@ -146,9 +148,9 @@ def test_savedmodel_of_clips(tmp_path):
 def test_how_encoded_images_can_be_read(pp, words):
   if words is None:
     encoded = tf.io.encode_png(images(1)[0]).numpy()
-    [found] = export_savedmodel.reader(pp, SIZE)(tf.constant([encoded]))
-    want = export_programs.scale(images(1)[0])
+    [found] = reader(pp, SIZE)(tf.constant([encoded]))
+    want = classifier.scale(images(1)[0])
     np.testing.assert_allclose(found, want, atol=2e-7)
   else:
     with pytest.raises(ValueError, match=words):
-      export_savedmodel.reader(pp, SIZE)
+      reader(pp, SIZE)

@@ -38,7 +38,7 @@ jax.config.update("jax_num_cpu_devices", int(devices))
 import numpy as np
 
 from lookup_vit import (
-  checkpoints, config_utils, distributed, parallel, train, train_step
+  checkpoints, config_utils, distributed, evaluation, parallel, train, train_step
 )
 from tests import test_meshes
 
@@ -72,7 +72,7 @@ def train_on(name, program):
     losses.append(float(scalars["loss"]))
   found = dict(losses=losses, share=bytes_of(of_device) / bytes_of(kept))
   if name in ("one", "mixed"):
-    [(evaluator, _)] = train.make_evaluators(program, config.evals).values()
+    [(evaluator, _)] = evaluation.make(program, config.evals).values()
     found["metrics"] = dict(evaluator.run(state.params))
   if name == "mixed":
     # Restored on another mesh, and by another number of processes.

@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from lookup_vit import (
-  checkpoints,
+  checksums,
   config_utils,
   datasets,
   descriptions,
@@ -267,7 +267,7 @@ class Features:
     fields = {k: v for k, v in vars(self.encoder).items() if k[0] != "_"}
     source = [
       *(asked, type(self.encoder).__name__, sorted(fields.items(), key=str)),
-      *(checkpoints.checksums(params), datasets.fingerprint(self.data)),
+      *(checksums.of(params), datasets.fingerprint(self.data)),
     ]
     return _digest(asked)[:16], _digest(source)
 

@@ -25,7 +25,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", int(devices))
 import numpy as np
 
-from lookup_vit import config_utils, distributed, train, train_step
+from lookup_vit import config_utils, distributed, evaluation, train_step
 from tests.evaluators import test_probes, test_several_devices as this
 
 if int(count) > 1:
@@ -40,7 +40,7 @@ program = train_step.Program(config_utils.resolve(config), 2)
 assert program.mesh.size == int(devices) * int(count)
 params = test_probes.random_params(program)
 params = jax.device_put(params, program.state_shardings.params)
-evals, metrics = train.make_evaluators(program, program.config.evals), {}
+evals, metrics = evaluation.make(program, program.config.evals), {}
 for evaluator, _ in evals.values():
   metrics.update(evaluator.run(params))
 raw = test_probes.extract(program, params)

@@ -17,8 +17,8 @@ import onnx
 from jax.extend import core
 from onnx import helper, numpy_helper
 
-from lookup_vit import export_safetensors
-from lookup_vit.export_programs import Function
+from lookup_vit.exports import params_file
+from lookup_vit.exports.classifier import Function
 
 # Versions that runtimes of 2023 read: ReduceMax has axes as an input from 18.
 _OPSET, _IR = 18, 8
@@ -53,16 +53,16 @@ def write(
 
   Args:
     folder: a directory there is.
-    functions: of `export_programs.functions`.
+    functions: of `classifier.functions`.
     params: by name.
     step: of the training.
-    images: of `export_programs.images_shape`.
+    images: of `classifier.images_shape`.
 
   Raises:
     ValueError: a function has an operation that this has no conversion of.
   """
-  export_safetensors.write(folder, params, step)
-  path = pathlib.Path(folder) / export_safetensors.FILE
+  params_file.write(folder, params, step)
+  path = pathlib.Path(folder) / params_file.FILE
   stored = {
     name: _external(name, x, *place)
     for (name, x), place in zip(
@@ -450,7 +450,7 @@ def _external(name, x, offset, length):
   kind = helper.np_dtype_to_tensor_dtype(x.dtype)
   tensor = onnx.TensorProto(name=name, data_type=kind, dims=x.shape)
   tensor.data_location = onnx.TensorProto.EXTERNAL
-  where = dict(location=export_safetensors.FILE, offset=offset, length=length)
+  where = dict(location=params_file.FILE, offset=offset, length=length)
   for key, value in where.items():
     tensor.external_data.add(key=key, value=str(value))
   return tensor

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 from flax import traverse_util
 
-from lookup_vit import checkpoints, config_utils
+from lookup_vit import checksums, config_utils
 
 FILE = "params.safetensors"
 
@@ -29,7 +29,7 @@ def write(folder: str, params: Any, step: int) -> None:
 
   flat = traverse_util.flatten_dict(params, sep="/")
   flat = {name: np.ascontiguousarray(x) for name, x in sorted(flat.items())}
-  meta = {"step": step, "checksums": checkpoints.checksums(flat)}
+  meta = {"step": step, "checksums": checksums.of(flat)}
   meta = {name: json.dumps(value) for name, value in meta.items()}
   # Its own `save_file` lets nobody else read what it makes.
   (pathlib.Path(folder) / FILE).write_bytes(safetensors.save(flat, meta))
@@ -59,7 +59,7 @@ def read(folder: str) -> tuple[dict[str, np.ndarray], int]:
     step, sums = (json.loads(meta[name]) for name in ("step", "checksums"))
   except json.JSONDecodeError as e:
     raise ValueError(f"{path} is damaged: {e}.") from None
-  if checkpoints.checksums(flat) != sums:
+  if checksums.of(flat) != sums:
     raise ValueError(f"{path} is damaged: the checksums differ.")
   return flat, step
 

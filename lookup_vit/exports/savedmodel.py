@@ -17,8 +17,8 @@ from lookup_vit import quiet_tensorflow  # noqa: F401
 import tensorflow as tf
 from jax.experimental import jax2tf
 
-from lookup_vit import export_programs
-from lookup_vit.export_programs import Function
+from lookup_vit.exports import classifier
+from lookup_vit.exports.classifier import Function
 from lookup_vit.preprocess import get_preprocess_fn
 
 # Operations that call Python, which is not in the file.
@@ -30,9 +30,9 @@ def signature(kind: str, name: str) -> str:
 
   Args:
     kind: "images" or "encoded".
-    name: of a function of `export_programs.functions`.
+    name: of a function of `classifier.functions`.
   """
-  return kind if name == export_programs.NAME else f"{kind}_{name}"
+  return kind if name == classifier.NAME else f"{kind}_{name}"
 
 
 def reader(pp: str, image_size: Sequence[int]) -> Callable:
@@ -94,9 +94,9 @@ def write(
 
   Args:
     folder: a directory there is.
-    functions: of `export_programs.functions`.
+    functions: of `classifier.functions`.
     params: by name.
-    images: of `export_programs.images_shape`.
+    images: of `classifier.images_shape`.
     platforms: of `jax.export`, to lower for.
     read: of `reader`; None for clips.
   """

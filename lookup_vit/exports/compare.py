@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from lookup_vit import export_programs
+from lookup_vit.exports import classifier
 from lookup_vit.models import tokens
 from lookup_vit.train_step import Program
 
@@ -49,11 +49,11 @@ def compare(
     ValueError: it is more than that.
   """
   size, worst = tuple(program.config.input.image_size), 0.0
-  for name, grid in export_programs.names(grids).items():
-    wanted = jax.jit(export_programs.reference(program, grid))
+  for name, grid in classifier.names(grids).items():
+    wanted = jax.jit(classifier.reference(program, grid))
     for batch in _BATCHES if batch_size is None else (batch_size,):
       images = random_images(batch, size)
-      inputs = {"images": (images, export_programs.scale(images))}
+      inputs = {"images": (images, classifier.scale(images))}
       if pp:
         inputs["encoded"] = _encoded(images, pp)
       for kind, (given, pixels) in inputs.items():

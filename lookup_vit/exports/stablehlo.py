@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax import export
 
-from lookup_vit import export_safetensors
-from lookup_vit.export_programs import Function
+from lookup_vit.exports import params_file
+from lookup_vit.exports.classifier import Function
 
 
 def write(
@@ -27,13 +27,13 @@ def write(
 
   Args:
     folder: a directory there is.
-    functions: of `export_programs.functions`.
+    functions: of `classifier.functions`.
     params: by name.
     step: of the training.
-    images: of `export_programs.images_shape`.
+    images: of `classifier.images_shape`.
     platforms: of `jax.export`, to lower for.
   """
-  export_safetensors.write(folder, params, step)
+  params_file.write(folder, params, step)
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(params)
   )
@@ -47,7 +47,7 @@ def load(
   folder: str,
 ) -> Callable[[str, str, np.ndarray], dict[str, np.ndarray]]:
   """What runs a program: `run("images", name, images) -> outputs by name`."""
-  params, _ = export_safetensors.read(folder)
+  params, _ = params_file.read(folder)
 
   def run(kind, name, images):
     del kind  # All are on images.

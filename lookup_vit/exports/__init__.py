@@ -1,0 +1,1 @@
+"""What `lookup_vit.export` writes, in each of its formats."""
