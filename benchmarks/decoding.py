@@ -38,7 +38,7 @@ from ml_collections import config_flags
 
 from benchmarks import timing
 from lookup_vit import cli
-from lookup_vit.models import captioner, decoding, layers
+from lookup_vit.models import captioner, decoding, layers, text_decoder
 
 FLAGS = flags.FLAGS
 
@@ -71,7 +71,7 @@ def _without_cache(model, params, length):
 
 def _decoder(model, params):
   names = ("width", "depth", "num_heads", "mlp_ratio", "max_length", "tied")
-  decoder = captioner.Decoder(
+  decoder = text_decoder.Decoder(
     model.num_classes,
     **{name: getattr(model, name) for name in names},
     cfg=layers.LayerConfig.of(model, False, ()),

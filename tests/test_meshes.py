@@ -38,7 +38,8 @@ jax.config.update("jax_num_cpu_devices", int(devices))
 import numpy as np
 
 from lookup_vit import (
-  checkpoints, config_utils, distributed, evaluation, parallel, train, train_step
+  checkpoints, config_utils, distributed, evaluation, parallel, train,
+  train_step,
 )
 from tests import test_meshes
 
