@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from lookup_vit import datasets, order, records
+from lookup_vit import datasets, input_stream, order, records
 from lookup_vit import input_pipeline as ip
 from tests import sources
 from tests.sources import find
@@ -257,7 +257,7 @@ def test_shards_of_a_step_are_those_that_its_batch_is_from(numbers):
   """What is checked first where a record is corrupt."""
   source = records.open_records(numbers)
   ends = np.cumsum(source.shards.sizes)
-  part = ip._Part(source, None, order.make_seed(3), 12, (6, 12), 30)
+  part = input_stream.Part(source, None, order.make_seed(3), 12, (6, 12), 30)
   fewer = 0
   for step in (0, 7, 20, 21, 22, 5000):
     examples = part.stream(step).take(2 * part.width)

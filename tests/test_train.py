@@ -17,6 +17,7 @@ from lookup_vit import (
   config_utils,
   distributed,
   evaluate,
+  evaluation,
   metric_writer,
   train,
   train_step,
@@ -145,7 +146,7 @@ def test_damaged_results_of_an_earlier_evaluation(run, monkeypatch):
     f.write("[{")
   # It is told before anything is evaluated.
   none = {"test": (None, None)}
-  monkeypatch.setattr(train, "make_evaluators", lambda *_: none)
+  monkeypatch.setattr(evaluation, "make", lambda *_: none)
   with pytest.raises(ValueError) as e:
     evaluate.evaluate(workdir, step=8)
   assert f"{path} is damaged" in str(e.value)
