@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import orbax.checkpoint as ocp
 
-from lookup_vit import checksums, config_utils, parallel
-from lookup_vit.exports import params_file
+from lookup_vit import checksums, config_utils, parallel, params_file
 
 _CONFIG = config_utils.CONFIG_FILE
 _FOLDER = "checkpoints"

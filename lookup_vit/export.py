@@ -41,8 +41,14 @@ import jax
 import ml_collections
 from absl import flags
 
-from lookup_vit import checkpoints, cli, config_utils, predictor
-from lookup_vit.exports import classifier, compare, params_file, stablehlo
+from lookup_vit import (
+  checkpoints,
+  cli,
+  config_utils,
+  params_file,
+  predictor,
+)
+from lookup_vit.exports import classifier, compare, stablehlo
 from lookup_vit.models import tokens
 from lookup_vit.train_step import Program
 

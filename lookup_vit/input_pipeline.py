@@ -1,11 +1,8 @@
 """From a data description to batches, as a function of the seed and the step.
 
-Training batches are slices of one endless stream: epoch 0, epoch 1, and so on,
-each of them every example once, in an order drawn from the seed and the epoch
-(`order.py`). The stream does not depend on where it was entered nor on how many
-hosts share it, so a run that resumes, even on another number of hosts, sees
-what it would have seen. To enter it, and to read a host's share of it, nothing
-is read but what the host needs, up to a window of shuffling.
+Training batches are slices of one endless stream (`input_stream.py`). It does
+not depend on where it was entered nor on how many hosts share it, so a run that
+resumes, even on another number of hosts, sees what it would have seen.
 """
 
 import dataclasses

@@ -16,9 +16,10 @@ from lookup_vit import (
   checkpoints,
   export,
   model_init,
+  params_file,
   train_step,
 )
-from lookup_vit.exports import classifier, compare, params_file
+from lookup_vit.exports import classifier, compare
 from lookup_vit.preprocess import get_preprocess_fn
 from tests import exports, programs
 from tests.exports import (
@@ -249,16 +250,16 @@ def tamper(format, folder):
 @pytest.mark.parametrize(
   ("format", "part"),
   [
-    ("stablehlo", "stablehlo"),
-    ("savedmodel", "savedmodel"),
-    ("onnx", "onnx"),
+    ("stablehlo", "exports.stablehlo"),
+    ("savedmodel", "exports.savedmodel"),
+    ("onnx", "exports.onnx"),
     ("safetensors", "params_file"),
   ],
 )
 def test_nothing_is_left_of_what_differs(
   format, part, lookup, made, tmp_path, monkeypatch
 ):
-  part = importlib.import_module(f"lookup_vit.exports.{part}")
+  part = importlib.import_module(f"lookup_vit.{part}")
   load = part.load
   fields = {}
   if format != "safetensors":

@@ -1,1 +1,1 @@
-"""What `lookup_vit.export` writes, in each of its formats."""
+"""The programs that `lookup_vit.export` writes, by format."""

@@ -17,7 +17,7 @@ import onnx
 from jax.extend import core
 from onnx import helper, numpy_helper
 
-from lookup_vit.exports import params_file
+from lookup_vit import params_file
 from lookup_vit.exports.classifier import Function
 
 # Versions that runtimes of 2023 read: ReduceMax has axes as an input from 18.

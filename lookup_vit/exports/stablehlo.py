@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import export
 
-from lookup_vit.exports import params_file
+from lookup_vit import params_file
 from lookup_vit.exports.classifier import Function
 
 
